@@ -1,0 +1,1 @@
+"""The methods of parameter-efficient fine-tuning, one readable file each."""

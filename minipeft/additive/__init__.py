@@ -1,0 +1,1 @@
+"""Methods that add modules or vectors beside the frozen model."""

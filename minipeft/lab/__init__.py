@@ -1,0 +1,1 @@
+"""What the notebooks share: models, tasks, the training loop, figures. No method lives here."""

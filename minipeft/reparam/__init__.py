@@ -1,0 +1,1 @@
+"""Methods that write the update of a weight in another form."""
