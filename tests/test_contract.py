@@ -1,0 +1,234 @@
+"""What every method file promises, checked the same way for each of them on four architectures."""
+
+import ast
+import copy
+import importlib
+import pathlib
+import runpy
+import sys
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from tiny import ARCHS, LINEAR, batch, build, fit, logits, perturb
+
+ROOT = pathlib.Path(__file__).parents[1] / "minipeft"
+VERBS = ("attach", "sites", "state", "load", "merge", "detach", "penalty", "advance")
+
+
+@dataclass
+class Case:
+    keywords: dict = field(default_factory=dict)  # or a function of (model, inputs), for data
+    other: dict = field(default_factory=dict)  # settings a second copy may have: state overrules them
+    targets: dict = field(default_factory=lambda: LINEAR)  # per architecture
+    merges: bool = True
+    identity: bool = True  # step 0 is the base model, bit for bit
+    refuses: tuple = ()  # architectures the method has nothing to train on
+
+
+METHODS = {
+    "reparam.lora": Case(dict(r=2, alpha=6.0), other=dict(alpha=1.0)),
+}
+
+
+@pytest.fixture(params=ARCHS)
+def arch(request):
+    return request.param
+
+
+class Bench:
+    """One method on one architecture."""
+
+    def __init__(self, name, arch):
+        self.case, self.arch = METHODS[name], arch
+        if arch in self.case.refuses:
+            pytest.skip(f"{name} has nothing to train on {arch}")
+        self.method = importlib.import_module(f"minipeft.{name}")
+        self.base, self.inputs = build(arch), batch(arch)
+        self.targets = self.case.targets.get(arch, ())
+
+    def attach(self, model=None, **more):
+        model = copy.deepcopy(self.base) if model is None else model
+        torch.manual_seed(3)
+        kw = self.case.keywords
+        kw = kw(model, self.inputs) if callable(kw) else kw
+        self.places = self.method.attach(model, *self.targets, **{**kw, **more})
+        return model
+
+    def fitted(self):
+        model = self.attach()
+        fit(self.method, model, self.inputs)
+        return model
+
+
+@pytest.fixture(params=METHODS)
+def bench(request, arch):
+    return Bench(request.param, arch)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_step_zero_is_the_base_model(bench):
+    model = bench.attach()
+    equal = torch.equal(logits(model, bench.inputs), logits(bench.base, bench.inputs))
+    assert equal == bench.case.identity
+
+
+def test_only_the_state_trains(bench):
+    model = bench.attach()
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained and trained <= bench.method.state(model).keys()
+    frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
+    start = bench.method.state(model)
+    fit(bench.method, model, bench.inputs)
+    end, now = bench.method.state(model), dict(model.named_parameters())
+    assert all(torch.equal(p, now[n]) for n, p in frozen.items() if n in now)
+    assert any(not torch.equal(start[n], end[n]) for n in trained)
+    assert not torch.equal(logits(model, bench.inputs), logits(bench.base, bench.inputs))
+
+
+def test_training_gives_every_trained_tensor_a_gradient(bench):
+    model = bench.attach()
+    perturb(model, 0.05)
+    loss = model(**bench.inputs).loss
+    if hasattr(bench.method, "penalty"):
+        loss = loss + bench.method.penalty(model)
+    loss.backward()
+    dead = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not dead
+
+
+def test_state_round_trip(bench):
+    model = bench.fitted()
+    saved = bench.method.state(model)
+    other = copy.deepcopy(bench.base)
+    bench.attach(other, **bench.case.other)
+    bench.method.load(other, saved)
+    assert torch.equal(logits(other, bench.inputs), logits(model, bench.inputs))
+    assert same(bench.method.state(other), saved)
+
+
+def test_a_refused_file_changes_nothing(bench):
+    model = bench.fitted()
+    before, saved = bench.method.state(model), bench.method.state(model)
+    first = next(iter(saved))
+    with pytest.raises(KeyError):
+        bench.method.load(model, {k: v + 1 for k, v in saved.items() if k != first})
+    with pytest.raises(KeyError):
+        bench.method.load(model, {**{k: v + 1 for k, v in saved.items()}, "stranger": torch.ones(1)})
+    bad = {k: v + 1 for k, v in saved.items()}
+    last = [k for k in bad if bad[k].dim()][-1]
+    bad[last] = torch.cat([bad[last], bad[last]])
+    with pytest.raises(ValueError):
+        bench.method.load(model, bad)
+    assert same(bench.method.state(model), before)
+
+
+def test_state_is_a_copy(bench):
+    model = bench.attach()
+    saved = bench.method.state(model)
+    before = {k: v.clone() for k, v in saved.items()}
+    fit(bench.method, model, bench.inputs)
+    assert same(saved, before)
+
+
+def test_merge_keeps_the_function_and_removes_the_method(bench):
+    assert hasattr(bench.method, "merge") == bench.case.merges
+    if not bench.case.merges:
+        return
+    model = bench.fitted()
+    y = logits(model, bench.inputs)
+    bench.method.merge(model)
+    torch.testing.assert_close(logits(model, bench.inputs), y, rtol=1e-9, atol=1e-9)
+    assert not bench.method.sites(model)
+    assert model.state_dict().keys() == bench.base.state_dict().keys()
+    assert not torch.allclose(y, logits(bench.base, bench.inputs))
+
+
+def test_detach_restores_the_base_bit_for_bit(bench):
+    model = bench.fitted()
+    bench.method.detach(model)
+    assert same(model.state_dict(), bench.base.state_dict())
+    assert torch.equal(logits(model, bench.inputs), logits(bench.base, bench.inputs))
+    assert not bench.method.sites(model)
+
+
+def test_it_returns_the_places_it_touched(bench):
+    model = bench.attach()
+    assert bench.places == list(bench.method.sites(model)) and bench.places
+
+
+def test_a_second_attach_after_detach_works(bench):
+    model = bench.fitted()
+    bench.method.detach(model)
+    again, fresh = bench.attach(model), bench.attach()
+    assert same(bench.method.state(again), bench.method.state(fresh))
+
+
+def test_an_unknown_target_is_refused_and_nothing_changes(bench):
+    if not bench.targets:
+        pytest.skip("takes no targets")
+    model = copy.deepcopy(bench.base)
+    kw = bench.case.keywords
+    kw = kw(model, bench.inputs) if callable(kw) else kw
+    for targets in (("nope",), (*bench.targets, "nope")):
+        with pytest.raises(ValueError, match="nope"):
+            bench.method.attach(model, *targets, **kw)
+    assert not bench.method.sites(model) and all(p.requires_grad for p in model.parameters())
+    assert same(model.state_dict(), bench.base.state_dict())
+
+
+def test_a_second_method_can_join(bench):
+    model = copy.deepcopy(bench.base).requires_grad_(False)
+    kept = [p for n, p in model.named_parameters() if "embed" in n or "wte" in n or n.startswith("shared")][:1]
+    kept[0].requires_grad_(True)  # what another method left trainable
+    bench.attach(model, freeze=False)
+    assert kept[0].requires_grad
+    bench.method.detach(model)
+    bench.attach(model)
+    assert not kept[0].requires_grad
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_file_stands_alone(name, tmp_path, monkeypatch, capsys):
+    path = ROOT.joinpath(*name.split(".")).with_suffix(".py")
+    source = path.read_text()
+    imported = {n.module or "" for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom)}
+    imported |= {a.name for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Import) for a in n.names}
+    assert not any(m.startswith("minipeft") or m == "" for m in imported)
+    assert len(source.splitlines()) <= 250
+    (tmp_path / "copied.py").write_text(source)
+    monkeypatch.setitem(sys.modules, "minipeft", None)  # importing it raises
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path("copied.py", run_name="__main__")
+    assert capsys.readouterr().out.strip().endswith(": ok")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_docstring_has_its_parts(name):
+    doc = importlib.import_module(f"minipeft.{name}").__doc__
+    places = [doc.find(f"\n{part}") for part in
+              ("Paper", "Idea", "Math", "Steps", "Cost", "Differs", "Pitfalls")]
+    assert all(i > 0 for i in places) and places == sorted(places) and "\\" not in doc
+
+
+def test_every_file_on_the_shelves_keeps_the_contract():
+    files = {f"{p.parent.name}.{p.stem}" for shelf in ("additive", "selective", "reparam")
+             for p in (ROOT / shelf).glob("[a-z]*.py")}
+    assert files - ELSEWHERE == set(METHODS)
+
+
+# Files whose promises differ in kind, each with a test file of its own.
+ELSEWHERE = {"reparam.lora_batch"}
+
+
+def test_a_private_helper_is_the_same_text_in_every_file():
+    seen = {}
+    for path in sorted(ROOT.rglob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name not in VERBS:
+                seen.setdefault(node.name, {}).setdefault(ast.unparse(node), []).append(path.stem)
+    differ = {name: list(texts.values()) for name, texts in seen.items() if len(texts) > 1}
+    assert not differ
