@@ -119,7 +119,8 @@ def train(
         raise ValueError("nothing to train: no parameter has requires_grad")
     device = params[0].device
     ledger = Ledger(*count(model))
-    opt = torch.optim.AdamW(groups or params, lr=lr, weight_decay=weight_decay)
+    # Fused: the same arithmetic in one pass, on a CPU several times faster than the default.
+    opt = torch.optim.AdamW(groups or params, lr=lr, weight_decay=weight_decay, fused=True)
     ramp = max(1, int(warmup * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         opt, lambda t: min((t + 1) / ramp, max(0.0, (steps - t) / max(1, steps - ramp)))
