@@ -11,7 +11,7 @@ from minipeft.lab import figures, loop, models, results, tasks
 from minipeft.reparam import lora
 
 SEEDS, STEPS = (0, 1, 2), 120
-RATES = {"frozen": 1e-2, "lora": 2e-3, "full": 2e-4, "random": 2e-4}
+RATES = {"frozen": 1e-2, "lora": 5e-3, "full": 2e-4, "random": 2e-4}
 
 
 def run(task, arm, seed):
