@@ -28,6 +28,8 @@ class Case:
 
 METHODS = {
     "reparam.lora": Case(dict(r=2, alpha=6.0), other=dict(alpha=1.0)),
+    "reparam.lora_batch": Case(dict(tasks=2, r=2, alpha=6.0, choice=1), other=dict(alpha=1.0, choice=1),
+                               merges=False),
 }
 
 

@@ -200,7 +200,7 @@ def generate(model, tokenizer, prompts, *, max_new_tokens=48, batch_size=32, **m
         inputs.pop("token_type_ids", None)
         ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False,
                              pad_token_id=tokenizer.pad_token_id, **more)
-        new = ids[:, inputs["input_ids"].shape[1]:]
+        new = ids if model.config.is_encoder_decoder else ids[:, inputs["input_ids"].shape[1]:]
         texts += [t.strip() for t in tokenizer.batch_decode(new, skip_special_tokens=True)]
     return texts
 

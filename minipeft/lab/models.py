@@ -57,7 +57,12 @@ def load(name="minilm", labels=None, *, seed=0, device=None, dtype=torch.float32
 
 
 def head(model) -> list[str]:
-    """Names of the parameters outside the pretrained body: the task's new head."""
+    """Names of the parameters outside the pretrained body: the task's new head.
+
+    None where there is no new head: a bare encoder, and a language model, whose head is pretrained.
+    """
+    if not hasattr(model, model.base_model_prefix) or model.get_output_embeddings() is not None:
+        return []
     body = model.base_model_prefix + "."
     return [n for n, _ in model.named_parameters() if not n.startswith(body)]
 
@@ -121,7 +126,8 @@ def _pretrained(kind, where, config, name):
     except OSError as error:
         raise _absent(name, where, error) from None
     body = model.base_model_prefix + "."
-    if lost := sorted(k for k in report["missing_keys"] if k.startswith(body) or kind is tf.AutoModel):
+    new_head = kind is tf.AutoModelForSequenceClassification
+    if lost := sorted(k for k in report["missing_keys"] if k.startswith(body) or not new_head):
         raise ValueError(f"the weights of {name} lack {len(lost)} tensors, {lost[0]} among them")
     return model
 

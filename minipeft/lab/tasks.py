@@ -45,8 +45,8 @@ def load(name: str, *, text: str | None = None, label: str | None = None, **more
     folder = pathlib.Path(name)
     if folder.is_dir():
         parts = {s: _jsonl(folder / f"{s}.jsonl") for s in SPLITS if (folder / f"{s}.jsonl").exists()}
-        if "train" not in parts:
-            raise FileNotFoundError(f"{folder} has no train.jsonl")
+        if "train" not in parts or len(parts) == 1:
+            raise FileNotFoundError(f"{folder}: expected train.jsonl, and validation.jsonl or test.jsonl")
         names = None
     else:
         parts, names = _from_datasets(name, label or "label", more)
@@ -57,9 +57,17 @@ def load(name: str, *, text: str | None = None, label: str | None = None, **more
     if "validation" not in parts:
         held = parts["train"]
         parts["train"], parts["validation"] = [r for i, r in enumerate(held) if i % 8], held[::8]
+    if not parts["train"]:
+        raise ValueError(f"{name} has no rows to train on")
     columns = (text or _guess(parts["train"][0])).split("+")
     rows = {s: [_row(r, columns, label or "label") for r in parts[s]] for s in SPLITS}
-    names = names or [str(c) for c in sorted({r["label"] for r in rows["train"]})]
+    if not names:  # classes in sorted order, numbered from 0
+        classes = sorted({r["label"] for r in rows["train"] + rows["validation"]})
+        names = [str(c) for c in classes]
+        for row in (r for s in SPLITS for r in rows[s]):
+            if row["label"] not in classes:
+                raise ValueError(f"the label {row['label']!r} is not among those of train: {names}")
+            row["label"] = classes.index(row["label"])
     return Task(folder.name, names, *(rows[s] for s in SPLITS))
 
 

@@ -84,9 +84,10 @@ class LoRALinear(nn.Module):
         self.s = alpha / (r**0.5 if rslora else r)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., d_in) -> (..., d_out)
+        y = self.base(x)
         A, B = self.A.to(x.dtype), self.B.to(x.dtype)  # cast the thin factors, never x
         z = F.linear(self.dropout(x), A)  # (..., r)
-        return self.base(x) + F.linear(z, B) * self.s
+        return y + F.linear(z, B) * self.s
 
     def delta(self) -> Tensor:
         """dW, shape (d_out, d_in)."""
@@ -152,9 +153,9 @@ def merge(model: nn.Module) -> dict[str, float]:
     Returns {path: largest rounding error of one weight}, in the weight's own unit.
     ValueError: W is tied to another module, which would change with it.
     """
-    holders = Counter(id(p) for m in model.modules() for p in m._parameters.values())
+    held = Counter(id(x) for m in model.modules() for x in (*m.children(), *m._parameters.values()))
     for path, m in sites(model).items():
-        if holders[id(m.base.weight)] > 1:
+        if max(held[id(m.base)], held[id(m.base.weight)]) > 1:
             raise ValueError(f"{path}: its weight is shared with another module; untie it first")
     rounding = {}
     for path, m in sites(model).items():
