@@ -28,6 +28,7 @@ class Case:
 
 METHODS = {
     "reparam.lora": Case(dict(r=2, alpha=6.0), other=dict(alpha=1.0)),
+    "reparam.dora": Case(dict(r=2, alpha=6.0), other=dict(alpha=1.0, detached=False)),
 }
 
 
