@@ -24,12 +24,17 @@ class Case:
     merges: bool = True
     identity: bool = True  # step 0 is the base model, bit for bit
     refuses: tuple = ()  # architectures the method has nothing to train on
+    shrinks: bool = False  # the state leaves out what is off: the same function up to rounding
+    lines: int = 250  # longer needs a reason
 
 
 METHODS = {
     "reparam.lora": Case(dict(r=2, alpha=6.0), other=dict(alpha=1.0)),
     "reparam.lora_batch": Case(dict(tasks=2, r=2, alpha=6.0, choice=1), other=dict(alpha=1.0, choice=1),
                                merges=False),
+    "reparam.dora": Case(dict(r=2, alpha=6.0), other=dict(alpha=1.0, detached=False)),
+    "reparam.adalora": Case(dict(r=3, target=1, alpha=6.0, total=4), other=dict(r=2, alpha=1.0, total=9),
+                            shrinks=True, lines=340),  # an adapter and the allocator of its budget
 }
 
 
@@ -108,7 +113,9 @@ def test_state_round_trip(bench):
     other = copy.deepcopy(bench.base)
     bench.attach(other, **bench.case.other)
     bench.method.load(other, saved)
-    assert torch.equal(logits(other, bench.inputs), logits(model, bench.inputs))
+    rounding = 1e-12 if bench.case.shrinks else 0
+    torch.testing.assert_close(
+        logits(other, bench.inputs), logits(model, bench.inputs), rtol=rounding, atol=rounding)
     assert same(bench.method.state(other), saved)
 
 
@@ -121,7 +128,7 @@ def test_a_refused_file_changes_nothing(bench):
     with pytest.raises(KeyError):
         bench.method.load(model, {**{k: v + 1 for k, v in saved.items()}, "stranger": torch.ones(1)})
     bad = {k: v + 1 for k, v in saved.items()}
-    last = [k for k in bad if bad[k].dim()][-1]
+    last = [k for k in bad if bad[k].dim() and bad[k].numel()][-1]
     bad[last] = torch.cat([bad[last], bad[last]])
     with pytest.raises(ValueError):
         bench.method.load(model, bad)
@@ -200,7 +207,7 @@ def test_the_file_stands_alone(name, tmp_path, monkeypatch, capsys):
     imported = {n.module or "" for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom)}
     imported |= {a.name for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Import) for a in n.names}
     assert not any(m.startswith("minipeft") or m == "" for m in imported)
-    assert len(source.splitlines()) <= 250
+    assert len(source.splitlines()) <= METHODS[name].lines
     (tmp_path / "copied.py").write_text(source)
     monkeypatch.setitem(sys.modules, "minipeft", None)  # importing it raises
     monkeypatch.chdir(tmp_path)
@@ -223,7 +230,7 @@ def test_every_file_on_the_shelves_keeps_the_contract():
 
 
 # Files whose promises differ in kind, each with a test file of its own.
-ELSEWHERE = set()
+ELSEWHERE = {"reparam.lora_plus"}
 
 
 def test_a_private_helper_is_the_same_text_in_every_file():
