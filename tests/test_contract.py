@@ -28,6 +28,8 @@ class Case:
 
 METHODS = {
     "reparam.lora": Case(dict(r=2, alpha=6.0), other=dict(alpha=1.0)),
+    "additive.adapter": Case(dict(bottleneck=5, sigma=0.05), other=dict(sigma=1.0), targets={},
+                             merges=False, identity=False),
 }
 
 
