@@ -63,7 +63,9 @@ def test_every_token_alone(one):
     torch.testing.assert_close(one(u)[:, order], one(u[:, order]))
 
 
-@pytest.mark.parametrize("d, sigma, ratio", [(768, 1e-3, 8.6e-5), (768, 1e-2, 9.1e-3), (1024, 1e-2, 1.1e-2)])
+@pytest.mark.parametrize(
+    "d, sigma, ratio", [(768, 1e-3, 8.6e-5), (768, 1e-2, 9.1e-3), (1024, 1e-2, 1.1e-2)]
+)
 def test_distance_from_the_identity_at_the_start(d, sigma, ratio):
     torch.manual_seed(0)
     u = torch.randn(500, d)
@@ -111,15 +113,21 @@ def test_sizes_out_of_range(bad):
 
 def reference(model, adapters):
     """The same placement with hooks on other modules: on what the sub-layers return."""
-    ends = dict(bert=("output.dense",), gpt2=(".attn", ".mlp"), llama=(".self_attn", ".mlp"),
-                t5=("SelfAttention", "EncDecAttention", "DenseReluDense"))[model.config.model_type]
+    ends = dict(
+        bert=("output.dense",),
+        gpt2=(".attn", ".mlp"),
+        llama=(".self_attn", ".mlp"),
+        t5=("SelfAttention", "EncDecAttention", "DenseReluDense"),
+    )[model.config.model_type]
     spots = [m for p, m in model.named_modules() if p.endswith(ends)]
     assert len(spots) == len(adapters)
     for module, a in zip(spots, adapters):
+
         def hook(module, args, out, a=a):
             u = out[0] if isinstance(out, tuple) else out
             y = u + F.gelu(u @ a.W_down.T + a.b_down, approximate="tanh") @ a.W_up.T + a.b_up
             return (y, *out[1:]) if isinstance(out, tuple) else y
+
         module.register_forward_hook(hook)
 
 
@@ -168,15 +176,40 @@ def test_where_it_goes_without_targets():
         assert set(got) == set(bottlenecks(model)) | set(norms) and len(got) == len(set(got))
 
 
-@pytest.mark.parametrize("name, config, adapters", [
-    ("RobertaModel", tf.RobertaConfig(num_hidden_layers=3, hidden_size=24, num_attention_heads=4,
-                                      intermediate_size=40, vocab_size=64), 6),
-    ("DebertaV2Model", tf.DebertaV2Config(num_hidden_layers=3, hidden_size=24, num_attention_heads=4,
-                                          intermediate_size=40, vocab_size=64), 6),
-    ("Qwen2Model", tf.Qwen2Config(**{**SIZE["llama"].to_dict(), "model_type": "qwen2"}), 4),
-    ("MistralModel", tf.MistralConfig(**{**SIZE["llama"].to_dict(), "model_type": "mistral"}), 4),
-    ("T5EncoderModel", SIZE["t5"], 4),
-])
+@pytest.mark.parametrize(
+    "name, config, adapters",
+    [
+        (
+            "RobertaModel",
+            tf.RobertaConfig(
+                num_hidden_layers=3,
+                hidden_size=24,
+                num_attention_heads=4,
+                intermediate_size=40,
+                vocab_size=64,
+            ),
+            6,
+        ),
+        (
+            "DebertaV2Model",
+            tf.DebertaV2Config(
+                num_hidden_layers=3,
+                hidden_size=24,
+                num_attention_heads=4,
+                intermediate_size=40,
+                vocab_size=64,
+            ),
+            6,
+        ),
+        ("Qwen2Model", tf.Qwen2Config(**{**SIZE["llama"].to_dict(), "model_type": "qwen2"}), 4),
+        (
+            "MistralModel",
+            tf.MistralConfig(**{**SIZE["llama"].to_dict(), "model_type": "mistral"}),
+            4,
+        ),
+        ("T5EncoderModel", SIZE["t5"], 4),
+    ],
+)
 def test_relatives_are_derived_too(name, config, adapters):
     model = getattr(tf, name)(copy.deepcopy(config)).eval()
     adapter.attach(model, bottleneck=3)
@@ -232,16 +265,27 @@ def test_names_that_train():
     assert names == want == set(adapter.state(model))  # no pooler, no embedding, no classifier
 
 
-COUNTS = [("large", 2, 245_856, 100_352), ("large", 8, 835_968, 100_352), ("large", 64, 6_343_680, 100_352),
-          ("large", 256, 25_227_264, 100_352), ("base", 64, 2_379_264, 38_400)]
+COUNTS = [
+    ("large", 2, 245_856, 100_352),
+    ("large", 8, 835_968, 100_352),
+    ("large", 64, 6_343_680, 100_352),
+    ("large", 256, 25_227_264, 100_352),
+    ("base", 64, 2_379_264, 38_400),
+]
 
 
 @pytest.mark.parametrize("size, m, adapters, norms", COUNTS)
 def test_golden_counts(size, m, adapters, norms):
     d, layers = dict(large=(1024, 24), base=(768, 12))[size]
     with torch.device("meta"):
-        model = tf.BertModel(tf.BertConfig(hidden_size=d, num_hidden_layers=layers,
-                                           num_attention_heads=d // 64, intermediate_size=4 * d))
+        model = tf.BertModel(
+            tf.BertConfig(
+                hidden_size=d,
+                num_hidden_layers=layers,
+                num_attention_heads=d // 64,
+                intermediate_size=4 * d,
+            )
+        )
     adapter.attach(model, bottleneck=m)
     split = {adapter.Adapter: 0, adapter.TunedNorm: 0}
     for site in adapter.sites(model).values():
@@ -280,10 +324,15 @@ def test_two_halves_make_the_whole():
     assert torch.equal(logits(halves, inputs), logits(build("gpt2"), inputs))
 
 
-@pytest.mark.parametrize("targets, word", [
-    (("nope",), "'nope'"), (("dropout", "nope"), "'nope'"), (("LayerNorm",), "LayerNorm, expected"),
-    (("embeddings.dropout",), "expected a linear layer or a dropout after one"),
-])
+@pytest.mark.parametrize(
+    "targets, word",
+    [
+        (("nope",), "'nope'"),
+        (("dropout", "nope"), "'nope'"),
+        (("LayerNorm",), "LayerNorm, expected"),
+        (("embeddings.dropout",), "expected a linear layer, or dropout after one"),
+    ],
+)
 def test_a_bad_target_is_refused_and_nothing_changes(targets, word):
     model = build("bert")
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -389,7 +438,9 @@ def test_compiles_in_one_graph(arch):
     if arch == "t5":
         inputs["decoder_input_ids"] = labels
     with torch.no_grad():
-        torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            compiled(**inputs).logits, model(**inputs).logits, rtol=1e-5, atol=1e-5
+        )
 
 
 def test_there_is_no_merge_and_no_matrix_could_do_it(one):

@@ -26,10 +26,14 @@ class Case:
     refuses: tuple = ()  # architectures the method has nothing to train on
 
 
+KV = dict(llama=("k_proj", "v_proj"), gpt2=("c_attn",), bert=("key", "value"), t5=("k", "v"))
+SECOND = dict(llama=("down_proj",), gpt2=("mlp.c_proj",), t5=("wo",),
+              bert=("layer.0.output.dense", "layer.1.output.dense"))
 METHODS = {
     "reparam.lora": Case(dict(r=2, alpha=6.0), other=dict(alpha=1.0)),
     "additive.adapter": Case(dict(bottleneck=5, sigma=0.05), other=dict(sigma=1.0), targets={},
                              merges=False, identity=False),
+    "additive.ia3": Case(lambda model, _: dict(ffn=SECOND[model.config.model_type]), targets=KV),
 }
 
 

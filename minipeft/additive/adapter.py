@@ -87,8 +87,8 @@ class Adapter(nn.Module):
             raise ValueError(f"bottleneck = {m}, sigma = {sigma}: both must be positive")
 
         def normal(rows, columns):  # drawn on the CPU: a seed gives the same on every device
-            W = torch.empty(rows, columns, dtype=dtype)
-            return nn.Parameter(nn.init.trunc_normal_(W, 0, sigma, -2 * sigma, 2 * sigma).to(device))
+            W, cut = torch.empty(rows, columns, dtype=dtype), 2 * sigma
+            return nn.Parameter(nn.init.trunc_normal_(W, 0, sigma, -cut, cut).to(device))
 
         self.base = base
         self.W_down, self.W_up = normal(m, d), normal(d, m)
@@ -194,7 +194,7 @@ def _closing(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Module]
         if f".{path}".endswith(tuple(f".{t}" for t in targets)):
             if not isinstance(m, (nn.Linear, Conv1D, nn.Dropout, nn.Identity)) or linear is None:
                 kind = type(m).__name__
-                raise ValueError(f"{path} is a {kind}, expected a linear layer or a dropout after one")
+                raise ValueError(f"{path} is a {kind}, expected a linear layer, or dropout after one")
             found[path] = linear
     return found
 
@@ -225,8 +225,8 @@ def _put(model: nn.Module, path: str, new: nn.Module) -> None:
 
 if __name__ == "__main__":  # python adapter.py: the claims above, checked on a toy
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 5), nn.Dropout(0.0), nn.LayerNorm(5), nn.Linear(5, 3)).double()
-    x = torch.randn(4, 6).double()
+    model = nn.Sequential(nn.Linear(6, 5), nn.Dropout(0.0), nn.LayerNorm(5), nn.Linear(5, 3))
+    model, x = model.double(), torch.randn(4, 6).double()
     before = model(x)
     assert attach(model, "1", bottleneck=2) == ["1", "2"], "one adapter, one norm"
     assert (model(x) - before).abs().max() < 1e-4, "step 0 is almost the base model"
@@ -241,5 +241,5 @@ if __name__ == "__main__":  # python adapter.py: the claims above, checked on a 
     opt.step()
     assert not torch.allclose(model(x), before), "a step must move the function"
     detach(model)
-    assert torch.equal(model(x), before) and not sites(model), "the norm is the pretrained one again"
+    assert torch.equal(model(x), before) and not sites(model), "the pretrained norm is back"
     print("adapter: ok")
