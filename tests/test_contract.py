@@ -33,6 +33,8 @@ METHODS = {
     "reparam.lora": Case(dict(r=2, alpha=6.0), other=dict(alpha=1.0)),
     "additive.adapter": Case(dict(bottleneck=5, sigma=0.05), other=dict(sigma=1.0), targets={},
                              merges=False, identity=False),
+    "additive.parallel_adapter": Case(dict(bottleneck=5, s=3.0), other=dict(s=1.0), targets={},
+                                      merges=False),
     "additive.ia3": Case(lambda model, _: dict(ffn=SECOND[model.config.model_type]), targets=KV),
 }
 
