@@ -28,6 +28,9 @@ class Case:
     lines: int = 250  # longer needs a reason
 
 
+KV = dict(llama=("k_proj", "v_proj"), gpt2=("c_attn",), bert=("key", "value"), t5=("k", "v"))
+SECOND = dict(llama=("down_proj",), gpt2=("mlp.c_proj",), t5=("wo",),
+              bert=("layer.0.output.dense", "layer.1.output.dense"))
 METHODS = {
     "reparam.lora": Case(dict(r=2, alpha=6.0), other=dict(alpha=1.0)),
     "reparam.lora_batch": Case(dict(tasks=2, r=2, alpha=6.0, choice=1), other=dict(alpha=1.0, choice=1),
@@ -35,6 +38,11 @@ METHODS = {
     "reparam.dora": Case(dict(r=2, alpha=6.0), other=dict(alpha=1.0, detached=False)),
     "reparam.adalora": Case(dict(r=3, target=1, alpha=6.0, total=4), other=dict(r=2, alpha=1.0, total=9),
                             shrinks=True, lines=340),  # an adapter and the allocator of its budget
+    "additive.adapter": Case(dict(bottleneck=5, sigma=0.05), other=dict(sigma=1.0), targets={},
+                             merges=False, identity=False),
+    "additive.parallel_adapter": Case(dict(bottleneck=5, s=3.0), other=dict(s=1.0), targets={},
+                                      merges=False),
+    "additive.ia3": Case(lambda model, _: dict(ffn=SECOND[model.config.model_type]), targets=KV),
 }
 
 
