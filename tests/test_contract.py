@@ -30,6 +30,7 @@ METHODS = {
     "reparam.lora": Case(dict(r=2, alpha=6.0), other=dict(alpha=1.0)),
     "reparam.lora_batch": Case(dict(tasks=2, r=2, alpha=6.0, choice=1), other=dict(alpha=1.0, choice=1),
                                merges=False),
+    "additive.prefix_tuning": Case(dict(length=3), other=dict(mlp=4), targets={}, merges=False, identity=False),
 }
 
 
