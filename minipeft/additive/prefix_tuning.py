@@ -38,13 +38,13 @@ Differs    The text keeps its positions 0, 1, 2, ...; the authors' code and
            4i + 1 (mod 2 L): half of them are dead when L is even.
 
 Pitfalls   - P_K = P_V = 0 is not the base model: then c = P / (P + Z).
-           - RoPE: P_K meets q after rotation and is never rotated. Words stand
-             at -P .. -1, just before the text. Learned positions have no row
-             -1: there they stand at 0 .. P - 1. T5's bias is 0 at the slots.
-           - is_causal=True aligns the mask at the top left: behind a prefix
-             the last tokens would not see themselves. The mask is explicit.
-           - set_attn_implementation after attach would drop the prefix: the
-             layers then refuse to run. Slots have no order.
+           - RoPE: P_K meets q after rotation and is never rotated, so absolute
+             positions matter: with left padding, pass position_ids. Words are
+             put at -P .. -1, or at 0 .. P - 1 where positions are learned.
+           - T5's bias is 0 at the slots. Slots have no order.
+           - is_causal=True aligns its mask at the top left, and the last tokens
+             would not see themselves behind a prefix: the mask is explicit.
+           - set_attn_implementation after attach: the layers refuse to run.
 """
 
 import re
