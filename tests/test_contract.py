@@ -31,6 +31,7 @@ METHODS = {
     "reparam.lora_batch": Case(dict(tasks=2, r=2, alpha=6.0, choice=1), other=dict(alpha=1.0, choice=1),
                                merges=False),
     "additive.prefix_tuning": Case(dict(length=3), other=dict(mlp=4), targets={}, merges=False, identity=False),
+    "additive.prompt_tuning": Case(dict(length=3), other=dict(init="random"), targets={}, merges=False, identity=False),
 }
 
 
