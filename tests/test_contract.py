@@ -43,6 +43,8 @@ METHODS = {
     "additive.parallel_adapter": Case(dict(bottleneck=5, s=3.0), other=dict(s=1.0), targets={},
                                       merges=False),
     "additive.ia3": Case(lambda model, _: dict(ffn=SECOND[model.config.model_type]), targets=KV),
+    "additive.prefix_tuning": Case(dict(length=3), other=dict(mlp=4), targets={}, merges=False, identity=False),
+    "additive.prompt_tuning": Case(dict(length=3), other=dict(init="random"), targets={}, merges=False, identity=False),
 }
 
 
