@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny import build
 from tokenizers import Tokenizer, models as vocabularies, pre_tokenizers
 
-from minipeft.lab import exercises, figures, loop, models, store, tasks
+from minipeft.lab import exercises, figures, loop, models, results, store, tasks
 from minipeft.reparam import lora
 
 matplotlib.use("Agg")
@@ -578,6 +578,37 @@ def test_a_refused_file_changes_nothing(folders, tmp_path):
     refused(ValueError, "x.safetensors is damaged: ")
     path.unlink()
     refused(FileNotFoundError, "no saved method at .*x.safetensors")
+
+
+# Stored results
+
+
+def test_a_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    jobs, ran = [dict(r=r, seed=s) for r in (1, 2) for s in (0, 1)], []
+
+    def run(r, seed):
+        if len(ran) == 2:
+            ran.append(None)
+            raise RuntimeError("the machine stops")
+        ran.append((r, seed))
+        return dict(accuracy=r / 10 + seed)
+
+    with pytest.raises(RuntimeError):
+        results.sweep("ranks", jobs, run)
+    out = results.sweep("ranks", jobs, run)
+    assert ran == [(1, 0), (1, 1), None, (2, 0), (2, 1)], "no finished job runs twice"
+    assert out == [dict(r=r, seed=s, accuracy=r / 10 + s) for r in (1, 2) for s in (0, 1)]
+
+
+def test_what_is_stored_says_what_made_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
+    with pytest.raises(FileNotFoundError, match="no stored result 'ranks'.*python data/ranks.py"):
+        results.read("ranks")
+    results.write("ranks", [dict(r=1)], note="toy")
+    stored = results.read("ranks")
+    assert stored["rows"] == [dict(r=1)] and stored["note"] == "toy" and stored["machine"]
+    assert stored["versions"] == dict(torch=torch.__version__, transformers=tf.__version__)
 
 
 # Exercises and figures
