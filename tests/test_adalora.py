@@ -423,6 +423,15 @@ def test_resumable_is_a_copy(trained):
     assert all(torch.equal(before[k], saved[k]) for k in saved)
 
 
+def test_a_tied_weight_or_a_layer_held_twice_is_not_merged():
+    layer = nn.Linear(6, 6)
+    for model in (nn.ModuleDict({"a": layer, "b": layer}), build("llama", tie_word_embeddings=True)):
+        adalora.attach(model, "a" if "a" in model._modules else "lm_head", total=9, r=2, target=1)
+        with pytest.raises(ValueError, match="shared"):
+            adalora.merge(model)
+        assert adalora.sites(model)
+
+
 # HF peft
 
 

@@ -215,6 +215,14 @@ def test_a_tied_weight_is_not_merged():
     assert dora.sites(model)
 
 
+def test_a_layer_held_twice_is_not_merged():
+    layer = nn.Linear(6, 6)
+    model = nn.ModuleDict({"a": layer, "b": layer})
+    dora.attach(model, "a", r=2)
+    with pytest.raises(ValueError, match="shared"):
+        dora.merge(model)
+
+
 def test_the_printed_counts():
     """LLaMA-7B, Q K V Up Down: 876,544 magnitudes; Llama-3.2-3B, q v with grouped heads: 114,688."""
     with torch.device("meta"):

@@ -144,10 +144,10 @@ def train(
         if step == 0:
             ledger.gradient_bytes = sum(_bytes(p.grad) for p in params if p.grad is not None)
         opt.step()
+        if hasattr(method, "advance"):  # before zero_grad: importance is read off the gradients
+            method.advance(model, step)
         opt.zero_grad(set_to_none=True)
         schedule.step()
-        if hasattr(method, "advance"):
-            method.advance(model, step)
         ledger.losses.append(loss.item())
         bar.set_postfix(loss=f"{loss.item():.3f}")
         if step == 9 and all(torch.equal(a, p) for a, p in zip(start, params)) and len(params) <= 64:

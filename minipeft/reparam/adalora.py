@@ -91,9 +91,10 @@ class AdaLoRALinear(nn.Module):
             self.register_buffer(f"dev_{name}", torch.zeros_like(p))
 
     def forward(self, x: Tensor) -> Tensor:  # (..., d_in) -> (..., d_out)
+        y = self.base(x)
         Q = (self.Q * self.lam[:, None]).to(x.dtype)  # cast the thin factors, never x
         z = F.linear(self.dropout(x), Q)  # (..., r)
-        return self.base(x) + F.linear(z, self.P.to(x.dtype)) * self.s
+        return y + F.linear(z, self.P.to(x.dtype)) * self.s
 
     def score(self) -> Tensor:
         """Importance of every triplet, shape (r,)."""
@@ -251,9 +252,9 @@ def merge(model: nn.Module) -> dict[str, float]:
     Returns {path: largest rounding error of one weight}, in the weight's own unit.
     ValueError: W is tied to another module, which would change with it.
     """
-    holders = Counter(id(p) for m in model.modules() for p in m._parameters.values())
+    held = Counter(id(x) for m in model.modules() for x in (*m.children(), *m._parameters.values()))
     for path, m in sites(model).items():
-        if holders[id(m.base.weight)] > 1:
+        if max(held[id(m.base)], held[id(m.base.weight)]) > 1:
             raise ValueError(f"{path}: its weight is shared with another module; untie it first")
     rounding = {}
     for path, m in sites(model).items():

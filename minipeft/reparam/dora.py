@@ -83,8 +83,8 @@ class DoRALinear(nn.Module):
         self.detached = detached
 
     def forward(self, x: Tensor) -> Tensor:  # (..., d_in) -> (..., d_out)
-        A, B = self.A.to(x.dtype), self.B.to(x.dtype)  # cast the thin factors, never x
         y = self.base(x)
+        A, B = self.A.to(x.dtype), self.B.to(x.dtype)  # cast the thin factors, never x
         dropped = self.dropout(x)
         h = F.linear(F.linear(dropped, A), B) * self.s  # (..., d_out)
         if self.training and self.dropout.p:
@@ -165,9 +165,9 @@ def merge(model: nn.Module) -> dict[str, float]:
     Returns {path: largest rounding error of one weight}, in the weight's own unit.
     ValueError: W is tied to another module, which would change with it.
     """
-    holders = Counter(id(p) for m in model.modules() for p in m._parameters.values())
+    held = Counter(id(x) for m in model.modules() for x in (*m.children(), *m._parameters.values()))
     for path, m in sites(model).items():
-        if holders[id(m.base.weight)] > 1:
+        if max(held[id(m.base)], held[id(m.base.weight)]) > 1:
             raise ValueError(f"{path}: its weight is shared with another module; untie it first")
     rounding = {}
     for path, m in sites(model).items():
