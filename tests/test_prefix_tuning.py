@@ -283,16 +283,28 @@ def test_padding_does_not_change_a_row(arch, side):
     gap = torch.zeros(1, 2, dtype=torch.long)
     order = (gap, ids) if side == "left" else (ids, gap)
     padded, mask = torch.cat(order, 1), torch.cat([(t > 0).long() for t in order], 1)
-    place = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if arch in DECODERS else {}
     with torch.no_grad():
         alone = model(ids, **extra).logits
-        out = model(padded, attention_mask=mask, **extra, **place).logits
-        shifted = model(padded, attention_mask=mask, **extra).logits
-    if arch in DECODERS:
-        out, shifted = out[mask.bool()][None], shifted[mask.bool()][None]
+        out = model(padded, attention_mask=mask, **extra).logits
+        if arch in DECODERS:  # a prefix sees absolute positions, even under RoPE
+            place = torch.arange(mask.shape[1])[None]
+            shifted = model(padded, attention_mask=mask, position_ids=place).logits
+            out, shifted = out[mask.bool()][None], shifted[mask.bool()][None]
+            assert ((shifted - alone).abs().max() > 1e-2) == (side == "left")
     torch.testing.assert_close(out, alone, rtol=0, atol=1e-12)
-    # a prefix sees absolute positions even under RoPE, so left padding needs position_ids
-    assert ((shifted - alone).abs().max() > 1e-2) == (arch in DECODERS and side == "left")
+
+
+@pytest.mark.parametrize("arch", DECODERS)
+def test_a_cache_kept_by_hand(arch):
+    model, ids = attached(arch), batch(arch)["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    with torch.no_grad():
+        whole = model(ids, attention_mask=mask).logits
+        first = model(ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True)
+        then = model(ids[:, -1:], attention_mask=mask, past_key_values=first.past_key_values)
+    torch.testing.assert_close(then.logits[:, 0], whole[:, -1], rtol=0, atol=1e-12)
+    assert first.past_key_values.get_seq_length() == 7  # the prefix is in no cache
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -5,16 +5,14 @@ Paper      Li and Liang, "Prefix-Tuning: Optimizing Continuous Prompts for
            The gate c: He et al. 2022, arXiv:2110.04366, section 3.1.
 
 Idea       A context steers a language model only through the keys and values
-           it leaves in each layer. So train these directly: no words need
-           correspond to them, and the model's own weights stay as they are.
+           it leaves in each layer. So train these directly, without any words.
 
 Math       One layer, k heads of keys and values with d_h numbers each.
            q (h, T, d_h)   K, V (k, S, d_h)   P_K, P_V (k, P, d_h) trained
 
                o = softmax(q [P_K; K]' / sqrt(d_h) + mask) [P_V; V]
                  = (1 - c) Attn(q, K, V) + c Attn(q, P_K, P_V)
-               c = Z_P / (Z_P + Z)      Z_P = sum exp(q P_K' / sqrt(d_h))
-                                        Z   = sum exp(q K' / sqrt(d_h))
+               c = Z_P / (Z_P + Z)    Z_P = sum exp(q P_K' / sqrt(d_h)), Z of K
 
            T queries in, T outputs out; each sees all slots of the prefix. No
            query, no W_k, no MLP at a slot. With mlp=m the layers of one kind
@@ -39,15 +37,14 @@ Differs    The text keeps its positions 0, 1, 2, ...; the authors' code and
 
 Pitfalls   - P_K = P_V = 0 is not the base model: then c = P / (P + Z).
            - RoPE: P_K meets q after rotation and is never rotated, so absolute
-             positions matter: with left padding, pass position_ids. Words are
+             positions matter: a decoder's are counted from the mask. Words are
              put at -P .. -1, or at 0 .. P - 1 where positions are learned.
            - T5's bias is 0 at the slots. Slots have no order.
-           - is_causal=True aligns its mask at the top left, and the last tokens
-             would not see themselves behind a prefix: the mask is explicit.
+           - is_causal=True (a mask from the top left) is wrong behind a prefix.
            - set_attn_implementation after attach: the layers refuse to run.
 """
 
-import re
+import inspect
 import sys
 from functools import partial
 
@@ -102,8 +99,8 @@ def _attention(module, query, key, value, attention_mask, inner: str, **kw):
         key, value = prefix(key, value)
         P = prefix.shape[1] if prefix.shape else 0
         if attention_mask is not None:  # (N, 1, T, S), bool or additive -> (N, 1, T, P + S)
-            free = attention_mask.dtype == torch.bool  # True lets a token look, so does + 0.0
-            attention_mask = nn.functional.pad(attention_mask, (P, 0), value=free)
+            yes = attention_mask.dtype == torch.bool  # True lets a token look, so does + 0.0
+            attention_mask = nn.functional.pad(attention_mask, (P, 0), value=yes)
         if kw.get("position_bias") is not None:
             kw["position_bias"] = nn.functional.pad(kw["position_bias"], (P, 0))
     own = sys.modules[type(module).__module__].eager_attention_forward  # each model file has one
@@ -131,9 +128,12 @@ def attach(
     """
     inner, P = model.config._attn_implementation, length if words is None else len(words)
     if inner not in INNER or min(P, 1 if mlp is None else mlp) < 1:
-        was = f"attention is {inner!r}, length {P}, mlp {mlp}"
-        raise ValueError(f"{was}; expected {' or '.join(INNER)}, no prefix yet, lengths from 1 on")
-    found, trunks = _look(model, words), {}
+        was = f"attention {inner!r}, length {P}, mlp {mlp}"
+        raise ValueError(f"{was}: expected {' or '.join(INNER)}, no prefix yet, sizes from 1 on")
+    found, trunks, d = _look(model, words), {}, model.config.hidden_size
+    counts = "position_ids" in inspect.signature(model.forward).parameters
+    counts &= all(model.get_submodule(p).is_causal for p in found)
+    hook = model.register_forward_pre_hook(partial(_prepare, counts), with_kwargs=True)
     if freeze:
         model.requires_grad_(False)
     for path, prefix in found.items():
@@ -142,14 +142,12 @@ def attach(
         dtype = K.dtype if K.dtype in (torch.float32, torch.float64) else torch.float32
         if words is None:  # drawn on the CPU: a seed gives the same prefix on every device
             K, V = (torch.randn(len(t), P, t.shape[2], dtype=dtype).to(t.device) for t in (K, V))
-        K, V, kind = K.to(dtype), V.to(dtype), re.sub(r"\d+", "", path)
+        K, V, kind = K.to(dtype), V.to(dtype), path.translate(dict.fromkeys(b"0123456789"))
         if mlp is not None and kind not in trunks:
-            d = model.config.hidden_size
             trunks[kind] = nn.Sequential(nn.Embedding(P, d), nn.Linear(d, mlp), nn.Tanh()).to(K)
         prefix.start(K, V, trunks.get(kind), fit=words is not None)
         layer = model.get_submodule(path)
-        layer.prefix = prefix.train(layer.training)
-        prefix.guard = layer.register_forward_pre_hook(_guard)
+        layer.prefix, prefix.hook = prefix.train(layer.training), hook
     model.set_attn_implementation(f"prefix_{inner}")
     return list(sites(model))
 
@@ -161,8 +159,8 @@ def sites(model: nn.Module) -> dict[str, Prefix]:
 
 def state(model: nn.Module) -> dict[str, Tensor]:
     """What is deployed: a copy of P_K and P_V of every layer, without the MLP."""
-    slots = {path: m.slots() for path, m in sites(model).items()}
-    return {f"{p}.{n}": t.detach().clone() for p, kv in slots.items() for n, t in zip("KV", kv)}
+    every = ((f"{p}.{n}", t) for p, m in sites(model).items() for n, t in zip("KV", m.slots()))
+    return {name: t.detach().clone() for name, t in every}
 
 
 def resumable(model: nn.Module) -> dict[str, Tensor]:
@@ -174,8 +172,7 @@ def resumable(model: nn.Module) -> dict[str, Tensor]:
 @torch.no_grad()
 def load(model: nn.Module, saved: dict[str, Tensor]) -> None:
     """Inverse of `state`, which drops an MLP, and of `resumable`; all or nothing.
-
-    KeyError: missing or unexpected names. ValueError: a wrong shape (another length).
+    KeyError: other names. ValueError: another shape (length, or width of the MLP).
     """
     whole = saved.keys() == resumable(model).keys()
     _check(resumable(model) if whole else state(model), saved)
@@ -189,14 +186,14 @@ def load(model: nn.Module, saved: dict[str, Tensor]) -> None:
 def detach(model: nn.Module) -> None:
     """Take the prefixes out. No weight was ever touched: the base, bit for bit."""
     for path, m in sites(model).items():
-        m.guard.remove()
+        m.hook.remove()
         del model.get_submodule(path.rpartition(".")[0]).prefix
     model.set_attn_implementation(model.config._attn_implementation.removeprefix("prefix_"))
 
 
 @torch.no_grad()
 def _look(model: nn.Module, words: Tensor | None) -> dict[str, Prefix]:
-    """{path of an attention layer: a prefix that has seen its keys and values in one pass}."""
+    """{path of an attention layer: a prefix that has seen its keys and values}."""
     ids = (torch.zeros(1, dtype=torch.long) if words is None else words)[None].to(model.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if model.config.is_encoder_decoder:
@@ -204,27 +201,32 @@ def _look(model: nn.Module, words: Tensor | None) -> dict[str, Prefix]:
     if any(type(m).__name__.endswith("RotaryEmbedding") for m in model.modules()):
         inputs["position_ids"] = torch.arange(-ids.shape[1], 0, device=ids.device)[None]
     layers = {p: m for p, m in model.named_modules() if hasattr(m, "is_causal")}
-    found, modes = {p: Prefix() for p in layers}, {m: m.training for m in model.modules()}
-    inner = model.config._attn_implementation
+    modes, inner = {m: m.training for m in model.modules()}, model.config._attn_implementation
     try:
-        for p, m in layers.items():
-            m.prefix = found[p]
+        for m in layers.values():
+            m.prefix = Prefix()
         model.eval().set_attn_implementation(f"prefix_{inner}")
         model(**inputs)
+        found = {p: m.prefix for p, m in layers.items() if m.prefix.shown is not None}
     finally:
         for m in layers.values():
             del m.prefix
         for m, mode in modes.items():
             m.training = mode
         model.set_attn_implementation(inner)
-    if not (found := {p: m for p, m in found.items() if m.shown is not None}):
+    if not found:
         raise ValueError("no layer calls transformers' attention registry, expected one at least")
     return found
 
 
-def _guard(layer: nn.Module, args) -> None:
-    if not (now := layer.config._attn_implementation).startswith("prefix_"):
+def _prepare(counts: bool, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    if not (now := model.config._attn_implementation).startswith("prefix_"):
         raise RuntimeError(f"attention is {now!r}, which ignores the prefix; expected 'prefix_{now}'")
+    inputs = {**dict(zip(inspect.signature(model.forward).parameters, args)), **kwargs}
+    mask, x = inputs.get("attention_mask"), inputs.get("input_ids", inputs.get("inputs_embeds"))
+    if counts and inputs.get("position_ids") is None and mask is not None and mask.dim() == 2:
+        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -x.shape[1] :]
+    return (), inputs
 
 
 def _check(mine: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
@@ -237,14 +239,12 @@ def _check(mine: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
 
 if __name__ == "__main__":  # python prefix_tuning.py: the claims above, checked on a toy
     from transformers import LlamaConfig, LlamaForCausalLM
-    torch.manual_seed(0)
     sizes = {"hidden_size": 128, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 32}
-    model = LlamaForCausalLM(LlamaConfig(**sizes))
-    model, x, place = model.double().eval(), torch.randint(32, (1, 9)), torch.arange(3, 9)[None]
+    model, x = LlamaForCausalLM(LlamaConfig(**sizes)).double().eval(), torch.randint(32, (1, 9))
     whole = model(x).logits[:, 3:]
     own = [t[0] for c in model(x[:, :3]).past_key_values.layers for t in (c.keys, c.values)]
     paths = attach(model, length=3, mlp=5)
     load(model, dict(zip([f"{p}.{n}" for p in paths for n in "KV"], own)))  # drops the MLP
-    y = model(x[:, 3:], position_ids=place).logits
+    y = model(x[:, 3:], position_ids=torch.arange(3, 9)[None]).logits
     assert torch.allclose(y, whole, rtol=0, atol=1e-12), "keys and values are the whole context"
     print("prefix_tuning: ok")
