@@ -268,7 +268,7 @@ def test_every_file_on_the_shelves_keeps_the_contract():
 
 
 # Files whose promises differ in kind, each with a test file of its own.
-ELSEWHERE = {"reparam.lora_plus", "reparam.paged"}
+ELSEWHERE = {"reparam.lora_plus", "reparam.nf4", "reparam.paged"}
 
 
 def test_a_private_helper_is_the_same_text_in_every_file():

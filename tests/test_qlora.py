@@ -351,6 +351,10 @@ def test_a_shared_or_broken_weight_is_refused_before_anything_changes():
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(ValueError, match="lm_head.*untie"):
         qlora.attach(model, "c_attn", "lm_head", r=2)
+    twice = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    twice.append(twice[0])
+    with pytest.raises(ValueError, match="untie"):
+        qlora.attach(twice, "0", r=1)
     with pytest.raises(ValueError, match="r = 99"):
         qlora.attach(model, "c_attn", r=99)
     assert not qlora.sites(model) and all(p.requires_grad for p in model.parameters())

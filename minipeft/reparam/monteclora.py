@@ -91,9 +91,10 @@ class MonteCLoRALinear(nn.Module):
         self.s, self.eps, self.logistic, self.full = alpha / r, eps, logistic, full
 
     def forward(self, x: Tensor) -> Tensor:  # (..., d_in) -> (..., d_out)
+        y = self.base(x)
         A = self.A + self.noise() if self.training and self.eps else self.A
         z = F.linear(x, A.to(x.dtype))  # (..., r)
-        return self.base(x) + F.linear(z, self.B.to(x.dtype)) * self.s
+        return y + F.linear(z, self.B.to(x.dtype)) * self.s
 
     def noise(self) -> Tensor:
         """One draw of A~ - A, shape (r, d_in); gradients reach sigma and alpha through it."""
@@ -196,9 +197,9 @@ def merge(model: nn.Module) -> dict[str, float]:
     Returns {path: largest rounding error of one weight}, in the weight's own unit.
     ValueError: W is tied to another module, which would change with it.
     """
-    holders = Counter(id(p) for m in model.modules() for p in m._parameters.values())
+    held = Counter(id(x) for m in model.modules() for x in (*m.children(), *m._parameters.values()))
     for path, m in sites(model).items():
-        if holders[id(m.base.weight)] > 1:
+        if max(held[id(m.base)], held[id(m.base.weight)]) > 1:
             raise ValueError(f"{path}: its weight is shared with another module; untie it first")
     rounding = {}
     for path, m in sites(model).items():

@@ -7,18 +7,13 @@ Idea       The base never trains, so it need not be stored in a form that can be
            trained. Four bits a weight are enough to compute with; the adapter
            beside it stays in full precision and learns around the rounding.
 
-Math       W (d_out, d_in), flattened row by row, cut into blocks of 64
+Math       W~ is W rounded to NF4, levels and scales as in nf4.py, (d_out, d_in)
+           x (..., d_in)   A (r, d_in)   B (d_out, r)
 
-               a    = max |w| of the block
-               code = index of the level next to w / a      16 levels, 4 bits
-               W~   = level[code] a
-               y    = x W~' + b + s (x A') B'      A (r, d_in)   B (d_out, r)
-               dx   = g W~ + s (g B) A             no gradient for W~, a, code
+               y  = x W~' + b + s (x A') B'        s = alpha / r
+               dx = g W~ + s (g B) A               no gradient for W~
 
-           NF4 levels: quantiles of N(0, 1), 7 below zero, zero, 8 above, divided
-           by the largest. Error of one weight: at most 0.1520 a.
-           Double quantisation: a minus its mean (one per matrix) is kept in 8
-           bits, in blocks of 256 with one float32 each.
+           Start: A uniform in +-1/sqrt(d_in), B = 0: step 0 is the rounded model.
 
 Steps      1. Quantise each chosen layer; its 16- or 32-bit weight is dropped.
            2. Forward: dequantise, multiply, forget. Backward: dequantise again.
@@ -30,10 +25,8 @@ Cost       Stored     4 + 8/64 + 32/(64 256) = 4.127 bits per weight (4.5 with
            Time       LoRA's, and two dequantisations per step and layer.
            Memory     one dequantised layer at a time; none kept for backward.
 
-Differs    Codes and scales are bitsandbytes' bit for bit (CPU), also where the
-           paper differs: its equation (4) has a level at minus infinity, and its
-           8-bit float is bitsandbytes' "dynamic" map. A and B are float32 beside
-           half-precision weights; the authors train them in bfloat16.
+Differs    A and B are float32 beside half-precision weights; the authors train them
+           in bfloat16. Dropout is off by default; theirs is 0.1 or 0.05.
 
 Pitfalls   - W is thrown away. Step 0, `detach` and `merge` know W~ only; keep
              the original elsewhere.
@@ -209,9 +202,10 @@ class QLoRALinear(nn.Module):
         self.s = alpha / r
 
     def forward(self, x: Tensor) -> Tensor:  # (..., d_in) -> (..., d_out)
+        y = self.base(x)
         A, B = self.A.to(x.dtype), self.B.to(x.dtype)  # cast the thin factors, never x
         z = F.linear(self.dropout(x), A)  # (..., r)
-        return self.base(x) + F.linear(z, B) * self.s
+        return y + F.linear(z, B) * self.s
 
 
 def attach(
@@ -229,10 +223,7 @@ def attach(
     1..min(d_in, d_out), a weight that is shared or not finite; the model is then as it was.
     """
     paths = _find(model, targets)
-    holders = Counter(id(p) for m in model.modules() for p in m._parameters.values())
-    for path in paths:
-        if holders[id(model.get_submodule(path).weight)] > 1:
-            raise ValueError(f"{path}: its weight is shared with another module; untie it first")
+    _alone(model, paths)
     new = {p: QLoRALinear(model.get_submodule(p), r, alpha, dropout, double) for p in paths}
     if freeze:
         model.requires_grad_(False)
@@ -313,6 +304,16 @@ def _find(model: nn.Module, targets: tuple[str, ...]) -> list[str]:
         raise ValueError(f"no linear layer is named {lost}; there are: {', '.join(names) or 'none'}")
     found = {p for paths in seen.values() for p in paths}
     return [p for p, _ in model.named_modules() if p in found]
+
+
+def _alone(model: nn.Module, paths: list[str]) -> None:
+    """A weight that two modules hold would live on in the other one."""
+    held = Counter(id(x) for m in model.modules() for x in m._parameters.values())
+    held.update(id(x) for m in model.modules() for x in m._modules.values())
+    for path in paths:
+        base = model.get_submodule(path)
+        if max(held[id(base)], held[id(base.weight)]) > 1:
+            raise ValueError(f"{path}: its weight is shared with another module; untie it first")
 
 
 def _shape(base: nn.Module) -> tuple[int, int]:
