@@ -52,6 +52,7 @@ METHODS = {
     "reparam.monteclora": Case(dict(r=2, alpha=6.0, samples=3), other=dict(alpha=1.0, eps=1.0), lines=290),
     "selective.bitfit": Case(refuses=("llama", "t5")),
     "selective.pafi": Case(dict(budget=60), other=dict(keep="smallest")),
+    "selective.fish_mask": Case(lambda model, inputs: dict(budget=60, batches=[inputs])),
 }
 
 

@@ -214,18 +214,23 @@ def _open(model: nn.Module, chosen: dict[str, Tensor], freeze: bool) -> list[str
     for holder, name, W in holders:
         if id(W) in new:
             W.requires_grad_(False)
+            order = list(holder._parameters)
             parametrize.register_parametrization(holder, name, new[id(W)], unsafe=True)
+            holder.parametrizations[name].order = order
     return list(sites(model))
 
 
 def _close(model: nn.Module, last) -> None:
     """Write last(site) into each tensor and make it plain again."""
     for holder in [m for m in model.modules() if parametrize.is_parametrized(m)]:
-        for name, stack in list(holder.parametrizations.items()):
+        kind = type(holder)  # shared with deep copies of the model, and about to change
+        holder.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
+        for name, stack in reversed(list(holder.parametrizations.items())):
             if isinstance(stack[0], Chosen):
-                W, m = stack.original, stack[0]
-                W.data.view(-1)[m.idx] = last(m).detach().to(W.dtype)
+                stack.original.data.view(-1)[stack[0].idx] = last(stack[0]).detach().to(stack.original.dtype)
                 parametrize.remove_parametrizations(holder, name, leave_parametrized=False)
+                plain = holder._parameters
+                plain.update({n: plain.pop(n) for n in stack.order if n in plain})
 
 
 def _name(path: str) -> str:
