@@ -53,6 +53,7 @@ METHODS = {
     "selective.bitfit": Case(refuses=("llama", "t5")),
     "selective.pafi": Case(dict(budget=60), other=dict(keep="smallest")),
     "selective.fish_mask": Case(lambda model, inputs: dict(budget=60, batches=[inputs])),
+    "selective.id3": Case(dict(budget=60, steps=4), other=dict(steps=9, eps=1.0), lines=350),
 }
 
 
