@@ -112,7 +112,7 @@ def attach(
                     raise ValueError(f"{target!r}: expected a layer that fuses q, k and v, with :q, :k or :v")
                 idx = idx.view(3, -1)["qkv".index(part)]
             chosen[name] = torch.cat([chosen.get(name, idx[:0]), idx]).unique()
-    return _open(model, chosen, freeze)
+    return _open(model, _sites(model, chosen), freeze)
 
 
 def sites(model: nn.Module) -> dict[str, Chosen]:
@@ -138,7 +138,7 @@ def load(model: nn.Module, saved: dict[str, Tensor]) -> None:
     """
     idx = {k.removesuffix(".idx"): v for k, v in saved.items() if k.endswith(".idx")}
     if fresh := not sites(model):
-        _open(model, {_name(k): v for k, v in idx.items()}, freeze=True)
+        _open(model, _sites(model, {_name(k): v for k, v in idx.items()}), freeze=True)
     try:
         _check(state(model), saved)
         for k, v in idx.items():
@@ -162,13 +162,13 @@ def merge(model: nn.Module) -> dict[str, float]:
     """
     rounding = {n: (m.values - m.values.to(m.before.dtype)).abs().max().item()
                 for n, m in sites(model).items()}
-    _close(model, lambda m: m.values)
+    _close(model, Chosen, lambda m: m.values)
     return rounding
 
 
 def detach(model: nn.Module) -> None:
     """Put the k original numbers back: the base, bit for bit."""
-    _close(model, lambda m: m.before)
+    _close(model, Chosen, lambda m: m.before)
 
 
 def _eligible(model: nn.Module, targets, exclude=(), among="all") -> dict[str, nn.Parameter]:
@@ -194,32 +194,41 @@ def _eligible(model: nn.Module, targets, exclude=(), among="all") -> dict[str, n
     return found
 
 
-def _open(model: nn.Module, chosen: dict[str, Tensor], freeze: bool) -> list[str]:
-    """Let the positions `chosen` of each tensor train, wherever that tensor is held."""
-    holders = [(m, n, p) for m in model.modules() for n, p in m._parameters.items()]
+def _sites(model: nn.Module, chosen: dict[str, Tensor]) -> dict[str, Chosen]:
     tensors = dict(model.named_parameters(remove_duplicate=False))
     if lost := chosen.keys() - tensors:
         raise KeyError(f"the model has no {sorted(lost)}")
     for name, idx in chosen.items():
         _fits(name, idx, tensors[name])
-    new = {id(W := tensors[n]): Chosen(W, idx.to(W.device).long()) for n, idx in chosen.items()}
+    return {n: Chosen(tensors[n], idx.to(tensors[n].device).long()) for n, idx in chosen.items()}
+
+
+def _open(model: nn.Module, new: dict[str, nn.Module], freeze: bool) -> list[str]:
+    """Put a site on each tensor named in `new`, wherever that tensor is held; return the names."""
+    holders = [(m, n, p) for m in model.modules() for n, p in m._parameters.items()]
+    site = {id(model.get_parameter(name)): m for name, m in new.items()}
     if freeze:
         model.requires_grad_(False)
     for holder, name, W in holders:
-        if id(W) in new:
+        if id(W) in site:
             W.requires_grad_(False)
-            parametrize.register_parametrization(holder, name, new[id(W)], unsafe=True)
+            order = list(holder._parameters)
+            parametrize.register_parametrization(holder, name, site[id(W)], unsafe=True)
+            holder.parametrizations[name].order = order
     return list(sites(model))
 
 
-def _close(model: nn.Module, last) -> None:
+def _close(model: nn.Module, kind: type, last) -> None:
     """Write last(site) into each tensor and make it plain again."""
     for holder in [m for m in model.modules() if parametrize.is_parametrized(m)]:
-        for name, stack in list(holder.parametrizations.items()):
-            if isinstance(stack[0], Chosen):
-                W, m = stack.original, stack[0]
-                W.data.view(-1)[m.idx] = last(m).detach().to(W.dtype)
+        shared = type(holder)  # with deep copies of the model, and about to change
+        holder.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
+        for name, stack in reversed(list(holder.parametrizations.items())):
+            if isinstance(stack[0], kind):
+                stack.original.data.view(-1)[stack[0].idx] = last(stack[0]).detach().to(stack.original.dtype)
                 parametrize.remove_parametrizations(holder, name, leave_parametrized=False)
+                plain = holder._parameters
+                plain.update({n: plain.pop(n) for n in stack.order if n in plain})
 
 
 def _name(path: str) -> str:
