@@ -287,10 +287,14 @@ SKILLS = {
     "story": story,
 }
 SHARES = {"in_context": 0.52, "prose": 0.13, "table": 0.07, "arithmetic": 0.18, "story": 0.10}
+# For the later part of pretraining: letter functions take longest.
+LATER_SHARES = {"in_context": 0.72, "prose": 0.06, "table": 0.03, "arithmetic": 0.15,
+                "story": 0.04}
 
 
-def pick_skill(rng):
-    return rng.choices(list(SHARES), weights=list(SHARES.values()))[0]
+def pick_skill(rng, later=False):
+    shares = LATER_SHARES if later else SHARES
+    return rng.choices(list(shares), weights=list(shares.values()))[0]
 
 
 def documents(seed, count):

@@ -45,10 +45,10 @@ def train_tokenizer(seed, vocab_size=1024, documents=20_000):
         model_max_length=256, clean_up_tokenization_spaces=False)
 
 
-def row(tokenizer, key, skill=None):
+def row(tokenizer, key, skill=None, later=False):
     """One packed row of LENGTH ids and its labels. A row keeps to one skill."""
     rng = random.Random(key)
-    skill = skill or generators.pick_skill(rng)
+    skill = skill or generators.pick_skill(rng, later)
     ids = []
     while len(ids) < LENGTH:
         text = generators.SKILLS[skill](rng)
@@ -66,8 +66,9 @@ def row(tokenizer, key, skill=None):
     return ids, labels
 
 
-def batch(tokenizer, seed, step, rows, device="cpu"):
-    ids, labels = zip(*(row(tokenizer, f"train/{seed}/{step}/{i}") for i in range(rows)))
+def batch(tokenizer, seed, step, rows, later=False, device="cpu"):
+    ids, labels = zip(*(row(tokenizer, f"train/{seed}/{step}/{i}", later=later)
+                        for i in range(rows)))
     return torch.tensor(ids, device=device), torch.tensor(labels, device=device)
 
 
@@ -92,12 +93,14 @@ def build(tokenizer, seed, hidden, layers, heads, kv_heads, ff):
         pad_token_id=tokenizer.pad_token_id))
 
 
-def rate(step, steps, lr, warmup):
-    """Linear warm-up, then a cosine down to a twentieth."""
+def rate(step, steps, lr, warmup, turn, horizon):
+    """Linear warm-up, a cosine towards `horizon` that ends at `turn`; then a cosine to zero."""
     if step < warmup:
         return lr * (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    return lr * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
+    if step < turn:
+        done = (step - warmup) / max(1, horizon - warmup)
+        return lr * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
+    return lr * 0.5 * (1 + math.cos(math.pi * (step - turn) / max(1, steps - turn)))
 
 
 def save_checkpoint(path, **what):
@@ -140,9 +143,10 @@ def pretrain(args):
                mininterval=2)
     recent = []
     for step in bar:
-        ids, labels = batch(tokenizer, args.seed, step, args.rows, device)
+        ids, labels = batch(tokenizer, args.seed, step, args.rows, step >= args.turn, device)
         for group in optimizer.param_groups:
-            group["lr"] = rate(step, args.steps, args.lr, args.warmup)
+            group["lr"] = rate(step, args.steps, args.lr, args.warmup, args.turn,
+                               args.horizon)
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
@@ -177,12 +181,17 @@ def write(model, tokenizer, log, seconds, device, args):
     config["dtype"] = "float32"
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tokenizer.save_pretrained(out)
+    (out / "model.safetensors").chmod(0o644)
     draw(log, out / "loss.png")
     size = sum(p.numel() for p in model.parameters())
     names = ["step", "train", *generators.SKILLS]
     shown = [e for i, e in enumerate(log) if i % max(1, len(log) // 10) == 0 or e is log[-1]]
     lines = ["| " + " | ".join(names) + " |", "|" + "---:|" * len(names)]
     lines += ["| " + " | ".join(str(e[n]) for n in names) + " |" for e in shown]
+
+    def shares(s):
+        return ", ".join(f"{k} {v:.0%}" for k, v in s.items())
+
     flags = " ".join(f"--{k.replace('_', '-')} {getattr(args, k)}" for k in SETTINGS)
     machine = (torch.cuda.get_device_name() + ", bfloat16" if device == "cuda" else
                f"{torch.get_num_threads()} core(s) of a {os.cpu_count()}-core "
@@ -193,8 +202,9 @@ def write(model, tokenizer, log, seconds, device, args):
         flags=flags, table="\n".join(lines), seed=args.seed, torch=torch.__version__,
         transformers=transformers.__version__, tokenizers=tokenizers.__version__,
         python=platform.python_version(), hidden=args.hidden, layers=args.layers,
-        heads=args.heads, kv=args.kv_heads, ff=args.ff, lr=args.lr, warmup=args.warmup,
-        shares=", ".join(f"{k} {v:.0%}" for k, v in generators.SHARES.items()))
+        heads=args.heads, kv=args.kv_heads, ff=args.ff, lr=args.lr, warmup=args.warmup, turn=args.turn, horizon=args.horizon,
+        later=shares(generators.LATER_SHARES),
+        shares=shares(generators.SHARES))
     readme = out / "README.md"
     kept = readme.read_text().partition(MEASURED)[2] if readme.exists() else "\n"
     readme.write_text(card + MEASURED + kept)
@@ -231,8 +241,9 @@ It knows nothing of the world: all its text comes from `data/generators.py`.
 
 ## Data
 
-Share of rows: {shares}. A row is {length} tokens of one skill, documents end with
-`<end>`. In `in_context` rows the letters that are asked carry no loss, only the answers do. No row
+Share of rows: {shares};
+from step {turn} on, when prose, tables and stories are learned: {later}.
+A row is {length} tokens of one skill, documents end with `<end>`. In `in_context` rows the letters that are asked carry no loss, only the answers do. No row
 occurs twice: each is drawn from (seed, step, row). Letters are written with spaces between them, so
 each is one token. The letter families `second`, `middle`, `rotate_right`, `swap_first`,
 `reverse_upper` and `rotate_right_upper` never occur in pretraining, nor do a quarter of the
@@ -241,7 +252,8 @@ restaurants' names, nor any prompt of `data/tasks/`.
 ## Training
 
 {steps} steps of {rows} x {length} tokens = {tokens:.1f} M tokens, AdamW (0.9, 0.95), weight decay
-0.1 on matrices, peak rate {lr} after {warmup} steps, cosine to a twentieth, clipping at 1, seed {seed}.
+0.1 on matrices, peak rate {lr} after {warmup} steps, a cosine towards step {horizon} that is left at step
+{turn}, from there a cosine to zero, clipping at 1, seed {seed}.
 {minutes:.0f} minutes on {machine}.
 Python {python}, torch {torch}, transformers {transformers}, tokenizers {tokenizers}.
 
@@ -256,13 +268,15 @@ Loss on held-out rows, in nats per token (`train` is the mean over the steps sin
 ![loss](loss.png)
 
 """
-SETTINGS = ("steps", "rows", "lr", "warmup", "seed", "hidden", "layers", "heads", "kv_heads", "ff",
-            "every")
+SETTINGS = ("steps", "turn", "horizon", "rows", "lr", "warmup", "seed", "hidden", "layers", "heads", "kv_heads",
+            "ff", "every")
 
 
 def arguments(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--steps", type=int, default=4000)
+    p.add_argument("--steps", type=int, default=5600)
+    p.add_argument("--turn", type=int, default=2400, help="step from which the later shares hold")
+    p.add_argument("--horizon", type=int, default=4400, help="where the first cosine would end")
     p.add_argument("--rows", type=int, default=16, help="sequences in a batch")
     p.add_argument("--lr", type=float, default=2e-3)
     p.add_argument("--warmup", type=int, default=100)
