@@ -568,6 +568,12 @@ def test_a_load_of_another_rank_says_which_shape():
         lora.load(attached("bert", r=3), saved)
 
 
+def test_a_scale_that_float32_cannot_hold_comes_back_exactly():
+    model, other = attached("bert", r=3, rslora=True), attached("bert", r=3)
+    lora.load(other, lora.state(model))
+    assert {m.s for m in lora.sites(other).values()} == {6.0 / math.sqrt(3)}
+
+
 def test_mode_and_dropout_follow_the_model():
     model = build("bert").eval()
     lora.attach(model, "query", r=2, dropout=0.5)
