@@ -14,7 +14,7 @@ import torch
 from tiny import ARCHS, LINEAR, batch, build, fit, logits, perturb
 
 ROOT = pathlib.Path(__file__).parents[1] / "minipeft"
-VERBS = ("attach", "sites", "state", "load", "merge", "detach", "penalty", "advance")
+VERBS = ("attach", "sites", "state", "load", "merge", "detach", "penalty", "advance", "choose", "resumable")
 
 
 @dataclass

@@ -65,7 +65,7 @@ class DoRALinear(nn.Module):
 
     def __init__(self, base: nn.Module, r: int, alpha: float, dropout=0.0, detached=True):
         super().__init__()
-        d_out, d_in = _rows(base).shape
+        d_out, d_in = _by_output(base).shape
         if not 1 <= r <= min(d_in, d_out):
             raise ValueError(f"r = {r}: the rank must lie in 1..{min(d_in, d_out)} here")
         W = base.weight
@@ -77,7 +77,7 @@ class DoRALinear(nn.Module):
         A = torch.empty(r, d_in, dtype=dtype).uniform_(-bound, bound)
         self.A = nn.Parameter(A.to(W.device))
         self.B = nn.Parameter(torch.zeros(d_out, r, dtype=dtype, device=W.device))
-        self.m = nn.Parameter(torch.linalg.vector_norm(_rows(base).detach(), dim=1, dtype=dtype))
+        self.m = nn.Parameter(torch.linalg.vector_norm(_by_output(base).detach(), dim=1, dtype=dtype))
         self.dropout = nn.Dropout(dropout)
         self.s = alpha / r
         self.detached = detached
@@ -88,14 +88,14 @@ class DoRALinear(nn.Module):
         dropped = self.dropout(x)
         h = F.linear(F.linear(dropped, A), B) * self.s  # (..., d_out)
         if self.training and self.dropout.p:
-            u = F.linear(dropped, _rows(self.base)) + h  # dropped x times V', a second matmul
+            u = F.linear(dropped, _by_output(self.base)) + h  # dropped x times V', a second matmul
         else:
             u = h + (y if self.base.bias is None else y - self.base.bias.to(y.dtype))  # x V'
         return torch.addcmul(y + h, (self.ratio() - 1).to(u.dtype), u)  # k - 1: small, so exact
 
     def ratio(self) -> Tensor:
         """k = m / c, shape (d_out,)."""
-        W, A, B, s = _rows(self.base), self.A, self.B, self.s
+        W, A, B, s = _by_output(self.base), self.A, self.B, self.s
         grad = torch.is_grad_enabled() and not self.detached
         with torch.set_grad_enabled(grad), torch.autocast(W.device.type, enabled=False):
             w = torch.linalg.vector_norm(W, dim=1, dtype=A.dtype)
@@ -171,7 +171,7 @@ def merge(model: nn.Module) -> dict[str, float]:
             raise ValueError(f"{path}: its weight is shared with another module; untie it first")
     rounding = {}
     for path, m in sites(model).items():
-        W = _rows(m.base)
+        W = _by_output(m.base)
         V = W.double() + m.s * (m.B.double() @ m.A.double())  # (d_out, d_in)
         exact = _ratio(m.m.double(), V.square().sum(1))[:, None] * V
         W.copy_(exact)
@@ -203,7 +203,7 @@ def _find(model: nn.Module, targets: tuple[str, ...]) -> list[str]:
     return [p for p, _ in model.named_modules() if p in found]
 
 
-def _rows(base: nn.Module) -> Tensor:
+def _by_output(base: nn.Module) -> Tensor:
     """The weight as (d_out, d_in), a view."""
     return base.weight if isinstance(base, nn.Linear) else base.weight.T
 
