@@ -2,13 +2,20 @@
 
 import ast
 import copy
+import importlib
+import os
 import pathlib
+import socket
+import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 from tiny import batch, build, logits
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
+from minipeft.lab import results
 from minipeft.reparam import lora
 from minipeft.selective import bitfit, fish_mask, pafi
 
@@ -290,3 +297,80 @@ def test_the_verbs_are_the_same_text_in_the_files_that_share_them():
                 and n.name in ("sites", "state", "load", "merge", "detach")}
 
     assert verbs(bitfit) == verbs(fish_mask) == verbs(pafi)
+
+
+def worker(rank, port, name, queue):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    method, model, inputs = {"bitfit": bitfit, "pafi": pafi, "fish_mask": fish_mask}[name], build("gpt2"), batch("gpt2")
+    more = {"bitfit": {}, "pafi": dict(budget=200), "fish_mask": dict(budget=200, batches=[inputs])}[name]
+    method.attach(model, **more)
+    sent = []
+
+    def count(state, bucket):
+        sent.append(bucket.buffer().numel())
+        return default_hooks.allreduce_hook(state, bucket)
+
+    parallel = nn.parallel.DistributedDataParallel(model)
+    parallel.register_comm_hook(None, count)
+    opt = torch.optim.AdamW(trained(model), lr=0.05, weight_decay=0.1)
+    rows = {k: v[rank : rank + 1] for k, v in inputs.items()}
+    for _ in range(3):
+        step(parallel, opt, rows)
+    values = torch.cat([p.detach().view(-1) for p in trained(model)])
+    queue.put((rank, sum(sent), values.tolist(), [n for n, _ in model.named_buffers()]))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ("bitfit", "pafi", "fish_mask"))
+def test_two_processes_exchange_k_values_a_step_and_stay_identical(name):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = torch.multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    workers = [context.Process(target=worker, args=(rank, port, name, queue)) for rank in (0, 1)]
+    for w in workers:
+        w.start()
+    (_, sent, values, buffers), other = sorted((queue.get() for _ in workers), key=lambda out: out[0])
+    for w in workers:
+        w.join()
+        assert w.exitcode == 0
+    assert values == other[2] and sent == other[1]
+    assert sent == 3 * len(values)
+    assert buffers == [n for n, _ in build("gpt2").named_buffers()]  # DDP sends those at every forward
+
+    model, inputs = build("gpt2"), batch("gpt2")  # one process over both rows
+    method = {"bitfit": bitfit, "pafi": pafi, "fish_mask": fish_mask}[name]
+    method.attach(model, **{"bitfit": {}, "pafi": dict(budget=200),
+                            "fish_mask": dict(budget=200, batches=[inputs])}[name])
+    opt = torch.optim.AdamW(trained(model), lr=0.05, weight_decay=0.1)
+    for _ in range(3):
+        step(model, opt, *({k: v[i : i + 1] for k, v in inputs.items()} for i in (0, 1)))
+    alone = torch.cat([p.detach().view(-1) for p in trained(model)])
+    gap = (alone - torch.tensor(values, dtype=torch.float64)).abs()
+    assert gap.median() < 1e-9  # a key bias follows rounding under Adam
+
+
+def test_what_is_kept_grows_with_the_budget_and_not_with_the_model():
+    sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "data"))
+    memory = importlib.import_module("memory_selective")
+    parts = ("optimizer_bytes", "gradient_bytes", "checkpoint_bytes")
+    for method in ("pafi", "id3"):
+        narrow, wide = memory.measure(method, 64, 500), memory.measure(method, 128, 500)
+        many = memory.measure(method, 128, 5000)
+        assert wide["numbers"] > 2.5 * narrow["numbers"] and wide["numbers"] > 20 * 5000
+        for part in parts:
+            assert wide[part] < 1.1 * narrow[part] + 4000  # names and headers
+            assert many[part] > 4 * (wide[part] - 12_000)
+
+
+def test_the_stored_table_says_the_same():
+    rows = results.read("memory_selective")["rows"]
+    for part in ("optimizer_bytes", "gradient_bytes", "checkpoint_bytes"):
+        for row in rows:
+            if row["k"]:
+                assert row[part] < 32 * row["k"] + 30_000, row
+                assert row["trained"] == row["k"]
+    large = [r for r in rows if r["k"] and r["numbers"] >= 20 * r["k"]]
+    assert {r["method"] for r in large} == {"fish_mask", "pafi", "id3"} and len(large) >= 18
