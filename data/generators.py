@@ -30,7 +30,12 @@ from pathlib import Path
 
 # letters, in context
 
-WORDS = """
+
+def _words(text):
+    return text.split()
+
+
+WORDS = _words("""
 cat dog sun map pen cup hat box key fox owl bee ant cow pig hen jam pie egg tea oak elm fig sea sky
 ice net bat bus car van jet toy ball bird boat book bell cake coin corn desk door drum duck farm
 fish flag frog game gate gift goat gold hand harp hill home horn king kite lake lamp leaf lion milk
@@ -40,7 +45,7 @@ earth field flame fruit glass grape green heart honey horse house juice knife le
 mouse music night ocean olive onion paint panda paper peach piano plant plate queen river robin
 sheep smile snake spoon stone storm sugar table tiger toast torch tower train truck water whale
 wheat zebra
-""".split()
+""")
 BY_LENGTH = {n: [w for w in WORDS if len(w) == n] for n in (3, 4, 5)}
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 
@@ -109,9 +114,11 @@ def family_pairs(rng, name, n, count):
     elif name in HELD_OUT:
         f = _positional(*HELD_OUT[name])
     elif name == "sort":
-        f = lambda w: "".join(sorted(w))  # noqa: E731
+        def f(w):
+            return "".join(sorted(w))
     elif name == "next_letter":
-        f = lambda w: "".join(ALPHABET[(ALPHABET.index(c) + 1) % 26] for c in w)  # noqa: E731
+        def f(w):
+            return "".join(ALPHABET[(ALPHABET.index(c) + 1) % 26] for c in w)
     elif name != "unscramble":
         raise ValueError(f"no letter family {name!r}")
     if name == "unscramble":
@@ -143,8 +150,8 @@ def in_context(rng):
 
 # restaurants
 
-ADJECTIVES = "Blue Golden Green Red Silver White Old Happy Quiet Lucky Hungry Royal".split()
-NOUNS = "Fox Swan Lion Anchor Crown Kettle Spoon Garden Lantern Barrel Rose Bear Mill Star".split()
+ADJECTIVES = _words("Blue Golden Green Red Silver White Old Happy Quiet Lucky Hungry Royal")
+NOUNS = _words("Fox Swan Lion Anchor Crown Kettle Spoon Garden Lantern Barrel Rose Bear Mill Star")
 PLACES = [f"{a} {b}" for a in ("Rose", "Mill", "King", "River", "Church", "Station")
           for b in ("Park", "Bridge", "Street", "Hall")]
 VALUES = {
@@ -211,9 +218,9 @@ def one_sentence(r):
 
 PEOPLE = [("Tom", "He"), ("Anna", "She"), ("Ben", "He"), ("Mia", "She"), ("Sam", "He"),
           ("Lily", "She"), ("Max", "He"), ("Nora", "She")]
-THINGS = "figs pens eggs coins shells cards stones apples books cakes balls stars".split()
-NUMBER_WORDS = """zero one two three four five six seven eight nine ten eleven twelve thirteen
-fourteen fifteen sixteen seventeen eighteen nineteen twenty""".split()
+THINGS = _words("figs pens eggs coins shells cards stones apples books cakes balls stars")
+NUMBER_WORDS = _words("""zero one two three four five six seven eight nine ten eleven twelve
+thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty""")
 MORE = ("found", "got", "bought", "made")
 LESS = ("lost", "ate", "sold", "gave away")
 

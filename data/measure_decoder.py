@@ -19,6 +19,7 @@ import statistics
 import sys
 import time
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 import generators
+
 from minipeft.reparam import lora
 
 SEEDS = (0, 1, 2)
@@ -206,6 +208,12 @@ def asked(model, tokenizer, name, data, args, prefix=""):
     return score(name, said, test)
 
 
+def prompted(base, tokenizer, name, data, args, k, seeds):
+    """The scores with k training rows in front of the question, drawn anew per seed."""
+    return [asked(base, tokenizer, name, data, args, shots(data["train"], k, random.Random(seed)))
+            for seed in seeds]
+
+
 def cell(args, base, name, method, make):
     """`make()`, or what it gave before for the same weights, data and steps."""
     weights = args.model / "model.safetensors"
@@ -233,14 +241,13 @@ def measure(args):
         data, k = load_task(name), SHOTS[name]
         rows = results[name] = {}
         if not args.methods:
-            rows["zero-shot"] = cell(args, base, name, "zero-shot", lambda: [
-                asked(base, tokenizer, name, data, args)])
-            rows[f"{k}-shot"] = cell(args, base, name, "k-shot", lambda: [
-                asked(base, tokenizer, name, data, args,
-                      shots(data["train"], k, random.Random(seed))) for seed in SEEDS])
+            rows["zero-shot"] = cell(args, base, name, "zero-shot", partial(
+                prompted, base, tokenizer, name, data, args, 0, SEEDS[:1]))
+            rows[f"{k}-shot"] = cell(args, base, name, "k-shot", partial(
+                prompted, base, tokenizer, name, data, args, k, SEEDS))
         for method in args.methods or METHODS:
-            found = cell(args, base, name, method, lambda: fine_tuned(
-                base, tokenizer, name, data, method, args))
+            found = cell(args, base, name, method, partial(
+                fine_tuned, base, tokenizer, name, data, method, args))
             rows[method] = found["scores"]
             rates[f"{name}/{method}"] = found["rate"]
             sizes[method] = found["trained parameters"]

@@ -192,17 +192,21 @@ def write(model, tokenizer, log, seconds, device, args):
     def shares(s):
         return ", ".join(f"{k} {v:.0%}" for k, v in s.items())
 
-    flags = " ".join(f"--{k.replace('_', '-')} {getattr(args, k)}" for k in SETTINGS)
+    default = arguments([])
+    command = " ".join(["python data/pretrain.py"] + [
+        f"--{k.replace('_', '-')} {getattr(args, k)}" for k in SETTINGS
+        if getattr(args, k) != getattr(default, k)])
     machine = (torch.cuda.get_device_name() + ", bfloat16" if device == "cuda" else
                f"{torch.get_num_threads()} core(s) of a {os.cpu_count()}-core "
                f"{platform.machine()} CPU, float32")
     card = CARD.format(
         size=size, vocab=len(tokenizer), steps=args.steps, rows=args.rows, length=LENGTH,
         tokens=args.steps * args.rows * LENGTH / 1e6, minutes=seconds / 60, machine=machine,
-        flags=flags, table="\n".join(lines), seed=args.seed, torch=torch.__version__,
+        command=command, table="\n".join(lines), seed=args.seed, torch=torch.__version__,
         transformers=transformers.__version__, tokenizers=tokenizers.__version__,
         python=platform.python_version(), hidden=args.hidden, layers=args.layers,
-        heads=args.heads, kv=args.kv_heads, ff=args.ff, lr=args.lr, warmup=args.warmup, turn=args.turn, horizon=args.horizon,
+        heads=args.heads, kv=args.kv_heads, ff=args.ff, lr=args.lr, warmup=args.warmup,
+        turn=args.turn, horizon=args.horizon,
         later=shares(generators.LATER_SHARES),
         shares=shares(generators.SHARES))
     readme = out / "README.md"
@@ -241,25 +245,27 @@ It knows nothing of the world: all its text comes from `data/generators.py`.
 
 ## Data
 
-Share of rows: {shares};
-from step {turn} on, when prose, tables and stories are learned: {later}.
-A row is {length} tokens of one skill, documents end with `<end>`. In `in_context` rows the letters that are asked carry no loss, only the answers do. No row
-occurs twice: each is drawn from (seed, step, row). Letters are written with spaces between them, so
-each is one token. The letter families `second`, `middle`, `rotate_right`, `swap_first`,
-`reverse_upper` and `rotate_right_upper` never occur in pretraining, nor do a quarter of the
-restaurants' names, nor any prompt of `data/tasks/`.
+Share of rows: {shares}.
+From step {turn} on, when prose, tables and stories are learned:
+{later}.
+
+A row is {length} tokens of one skill; documents end with `<end>`. No row occurs twice: each is
+drawn from (seed, step, row). In `in_context` rows the letters that are asked carry no loss, only the
+answers do. Letters are written with spaces between them, so each is one token. The letter families
+`second`, `middle`, `rotate_right`, `swap_first`, `reverse_upper` and `rotate_right_upper` never
+occur in pretraining, nor do a quarter of the restaurants' names, nor any prompt of `data/tasks/`.
 
 ## Training
 
 {steps} steps of {rows} x {length} tokens = {tokens:.1f} M tokens, AdamW (0.9, 0.95), weight decay
-0.1 on matrices, peak rate {lr} after {warmup} steps, a cosine towards step {horizon} that is left at step
-{turn}, from there a cosine to zero, clipping at 1, seed {seed}.
+0.1 on matrices, peak rate {lr} after {warmup} steps, a cosine towards step {horizon} that is left
+at step {turn}, from there a cosine to zero, clipping at 1, seed {seed}.
 {minutes:.0f} minutes on {machine}.
 Python {python}, torch {torch}, transformers {transformers}, tokenizers {tokenizers}.
 
 To redo it (continues after a kill; a GPU is used when there is one):
 
-    python data/pretrain.py {flags}
+    {command}
 
 Loss on held-out rows, in nats per token (`train` is the mean over the steps since the last line):
 
@@ -268,8 +274,8 @@ Loss on held-out rows, in nats per token (`train` is the mean over the steps sin
 ![loss](loss.png)
 
 """
-SETTINGS = ("steps", "turn", "horizon", "rows", "lr", "warmup", "seed", "hidden", "layers", "heads", "kv_heads",
-            "ff", "every")
+SETTINGS = ("steps", "turn", "horizon", "rows", "lr", "warmup", "seed", "hidden", "layers", "heads",
+            "kv_heads", "ff", "every")
 
 
 def arguments(argv=None):

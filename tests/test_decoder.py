@@ -37,7 +37,8 @@ def _files():
 @pytest.fixture(scope="module")
 def scribe():
     folder = DATA / "scribe"
-    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 
 def test_generators_are_functions_of_the_seed():
