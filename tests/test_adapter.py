@@ -450,3 +450,10 @@ def test_there_is_no_merge_and_no_matrix_could_do_it(one):
     zero = torch.zeros(6).double()
     bend = one(u + v) - one(u) - one(v) + one(zero)  # 0 for any affine map
     assert bend.abs().max() > 1e-3
+
+
+def test_it_keeps_the_mode_of_the_model(arch):
+    for mode in (True, False):
+        model = build(arch).train(mode)
+        adapter.attach(model)
+        assert all(m.training == mode for m in model.modules())

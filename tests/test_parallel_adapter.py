@@ -157,3 +157,10 @@ def test_compiles_in_one_graph(arch):
         torch.testing.assert_close(
             compiled(**inputs).logits, model(**inputs).logits, rtol=1e-5, atol=1e-5
         )
+
+
+def test_it_keeps_the_mode_of_the_model(arch):
+    for mode in (True, False):
+        model = build(arch).train(mode)
+        parallel_adapter.attach(model)
+        assert all(m.training == mode for m in model.modules())
