@@ -190,3 +190,12 @@ def test_settings_outside_the_list_are_refused():
         with pytest.raises(ValueError):
             fish_mask.attach(model, **{**dict(budget=5, batches=[inputs]), **bad})
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_dropout_is_off_while_measuring():
+    model, inputs = build("bert"), batch("bert")
+    assert any(m.p > 0 for m in model.modules() if isinstance(m, nn.Dropout))
+    tensors = dict(model.named_parameters())
+    still = fish_mask.fisher(model.eval(), tensors, [inputs], kind="empirical")
+    again = fish_mask.fisher(model.train(), tensors, [inputs], kind="empirical")
+    assert all(torch.equal(still[n], again[n]) for n in tensors)

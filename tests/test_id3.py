@@ -397,3 +397,40 @@ def test_their_package_decays_closed_entries_when_a_group_asks_for_it_and_keeps_
     assert (model.theta.detach() != theta)[closed].all()
     state = next(iter(opt.state.values()))
     assert state["exp_avg"].numel() == theta.numel() == 10 * 40
+
+
+def test_ties_go_to_the_earlier_tensor_and_place():
+    class Equal(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(5))
+
+        def forward(self):
+            return type("Output", (), dict(loss=self.a.sum() + self.b.sum()))
+
+    model = Equal()
+    id3.attach(model, budget=7, steps=1)
+    one_step(model, torch.optim.SGD(trained(model), lr=0.1), {}, 0)
+    assert chosen(model) == {"a": {0, 1, 2, 3, 4}, "b": {0, 1}}
+
+
+def test_loading_over_a_trained_model_restores_the_old_entries():
+    a, b, inputs = build("bert"), build("bert"), batch("bert")
+    for model, exp in ((a, 0.0), (b, 2.0)):
+        id3.attach(model, budget=60, steps=2, exp=exp)
+        opt = torch.optim.SGD(trained(model), lr=0.5)
+        for t in range(2):
+            one_step(model, opt, inputs, t)
+        logits(model, inputs)
+    assert chosen(a) != chosen(b)
+    id3.load(a, id3.state(b))
+    assert torch.equal(logits(a, inputs), logits(b, inputs))
+    id3.detach(a)
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), build("bert").parameters(), strict=True))
+
+
+def test_a_copy_of_the_model_carries_no_dense_alias():
+    model, inputs = build("bert"), batch("bert")
+    id3.attach(model, budget=60, steps=2)
+    model(**inputs)
+    assert all(m.alias is None for m in id3.sites(copy.deepcopy(model)).values())
