@@ -12,7 +12,6 @@ from minipeft.reparam import lora
 from minipeft.selective import pafi
 
 
-
 def chosen(model, base):
     """One flat mask over all tensors of `base`, in their order."""
     at = {n: m.idx.long() for n, m in pafi.sites(model).items()}
