@@ -1,0 +1,265 @@
+"""The measured table of the small decoder: python data/measure_decoder.py
+
+Per task and over three seeds: zero-shot, k-shot, the same steps from random weights, full
+fine-tuning and LoRA. Learning rates are chosen by the loss on the validation rows, with a seed
+of its own. Scores are on the first 100 test rows, decoded greedily. Then the k-shot curve of the
+letter families. Writes data/results/decoder.json and prints both tables as markdown.
+"""
+
+import argparse
+import copy
+import json
+import os
+import platform
+import random
+import re
+import statistics
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+import torch
+import transformers
+from rouge_score import rouge_scorer
+from sacrebleu import corpus_bleu
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+import generators
+from minipeft.reparam import lora
+
+SEEDS = (0, 1, 2)
+SHOTS = {"table_to_text": 1, "slots": 1, "word_problems": 2, "letters": 4}
+ROWS = 8
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# method -> (pretrained, LoRA's targets, learning rates to choose from)
+METHODS = {
+    "from random weights": (False, None, (1e-3, 3e-3)),
+    "full fine-tuning": (True, None, (5e-4, 1e-3, 2e-3)),
+    "LoRA q, v": (True, ("q_proj", "v_proj"), (5e-3, 1e-2, 2e-2)),
+    "LoRA all linear": (True, LINEAR, (5e-3, 1e-2)),
+}
+
+
+def load_task(name):
+    splits = {"train": [], "validation": [], "test": []}
+    for line in (HERE / "tasks" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        splits[row["split"]].append(row)
+    return splits
+
+
+def collate(tokenizer, rows):
+    """Right padding for training; the loss is on the target and the end only."""
+    ids, labels = [], []
+    for row in rows:
+        p = tokenizer.encode(row["prompt"])
+        t = tokenizer.encode(row["target"]) + [tokenizer.eos_token_id]
+        ids.append(p + t)
+        labels.append([-100] * len(p) + t)
+    width = max(map(len, ids))
+    mask = [[1] * len(x) + [0] * (width - len(x)) for x in ids]
+    ids = [x + [tokenizer.pad_token_id] * (width - len(x)) for x in ids]
+    labels = [x + [-100] * (width - len(x)) for x in labels]
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask),
+            "labels": torch.tensor(labels)}
+
+
+def train(model, tokenizer, rows, steps, lr, seed):
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.01)
+    schedule = transformers.get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
+    model.train()
+    order = []
+    for _ in range(steps):
+        if len(order) < ROWS:
+            order = rng.sample(rows, len(rows))
+        chosen, order = order[:ROWS], order[ROWS:]
+        model(**collate(tokenizer, chosen)).loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    model.eval()
+
+
+@torch.no_grad()
+def answers(model, tokenizer, prompts, longest, stop_at_newline=False, size=100):
+    model.eval()
+    out = []
+    for i in range(0, len(prompts), size):
+        batch = tokenizer(prompts[i:i + size], padding=True, return_tensors="pt")
+        made = model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
+                              max_new_tokens=longest, do_sample=False)
+        made = made[:, batch["input_ids"].shape[1]:]
+        out += tokenizer.batch_decode(made, skip_special_tokens=True)
+    return [o.split("\n")[0] if stop_at_newline else o for o in out]
+
+
+def score(name, said, rows):
+    """What the table reports, 0 to 100."""
+    said, wanted = [s.strip() for s in said], [r["target"].strip() for r in rows]
+    exact = 100 * sum(a == b for a, b in zip(said, wanted)) / len(rows)
+    if name == "table_to_text":
+        rouge = rouge_scorer.RougeScorer(["rougeL"])
+        return {"BLEU": corpus_bleu(said, [wanted]).score,
+                "ROUGE-L": 100 * statistics.mean(
+                    rouge.score(b, a)["rougeL"].fmeasure for a, b in zip(said, wanted)),
+                "exact": exact}
+    if name == "word_problems":
+        def last(text):
+            return (re.findall(r"= (-?\d+)", text) or [None])[-1]
+
+        right = sum(last(a) == last(b) for a, b in zip(said, wanted))
+        return {"answer": 100 * right / len(rows), "exact": exact}
+    return {"exact": exact}
+
+
+def shots(rows, k, rng):
+    return "".join(f"{r['prompt']}{r['target']}\n" for r in rng.sample(rows, k))
+
+
+@torch.no_grad()
+def validation_loss(model, tokenizer, rows):
+    model.eval()
+    return model(**collate(tokenizer, rows)).loss.item()
+
+
+def start(base, pretrained, targets, seed):
+    torch.manual_seed(seed)
+    if pretrained:
+        model = copy.deepcopy(base)
+    else:
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(base.config)).float()
+    if targets:
+        lora.attach(model, *targets, r=8, alpha=16.0)
+    return model
+
+
+@torch.no_grad()
+def k_shot_curve(model, tokenizer, ks=(0, 1, 2, 4, 8), queries=100, seed=0):
+    """Exact match per letter family and k, four and five letters.
+
+    Greedy decoding says the target if and only if every token of it is the likeliest after the
+    tokens before it, so one forward pass per batch is enough.
+    """
+    model.eval()
+    table = {}
+    names = [*generators.TRAINED, *generators.OTHERS, "random", *generators.HELD_OUT]
+    for name in tqdm(names, desc="k-shot", file=sys.stderr):
+        table[name] = {}
+        for k in ks:
+            rng = random.Random(f"curve/{seed}/{name}/{k}")
+            rows = []
+            for i in range(queries):
+                pairs = generators.family_pairs(rng, name, 4 + i % 2, k + 1)
+                prompt, target = generators.in_context_query(pairs)
+                rows.append({"prompt": prompt, "target": target + "\n"})
+            right = 0
+            for i in range(0, queries, 50):
+                batch = collate(tokenizer, rows[i:i + 50])
+                labels = batch.pop("labels")[:, 1:]
+                labels[labels == tokenizer.eos_token_id] = -100
+                guess = model(**batch).logits[:, :-1].argmax(-1)
+                right += ((guess == labels) | (labels == -100)).all(1).sum().item()
+            table[name][k] = round(100 * right / queries, 1)
+    return table
+
+
+def mean_curve(table, names):
+    return {k: statistics.mean(table[n][k] for n in names) for k in table[names[0]]}
+
+
+def measure(args):
+    began = time.perf_counter()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    base = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    results, rates, sizes, seconds_per_step = {}, {}, {}, {}
+    for name in args.tasks:
+        data = load_task(name)
+        test = data["test"][:args.rows]
+        longest = max(len(tokenizer.encode(r["target"])) for r in data["train"]) + 4
+        rows = results[name] = {}
+
+        def record(method, model, prefix="", rows=rows, test=test, longest=longest, name=name):
+            said = answers(model, tokenizer, [prefix + r["prompt"] for r in test], longest,
+                           stop_at_newline=True)
+            rows.setdefault(method, []).append(score(name, said, test))
+
+        record("zero-shot", base)
+        for seed in SEEDS:
+            rng = random.Random(seed)
+            record(f"{SHOTS[name]}-shot", base, shots(data["train"], SHOTS[name], rng))
+        for method, (pretrained, targets, candidates) in METHODS.items():
+            losses = {}
+            for lr in candidates:
+                model = start(base, pretrained, targets, 100)
+                train(model, tokenizer, data["train"], args.steps // 2, lr, 100)
+                losses[lr] = validation_loss(model, tokenizer, data["validation"])
+            lr = min(losses, key=losses.get)
+            rates[f"{name}/{method}"] = {"chosen": lr, "validation loss": losses}
+            for seed in SEEDS:
+                model = start(base, pretrained, targets, seed)
+                sizes[method] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+                t = time.perf_counter()
+                train(model, tokenizer, data["train"], args.steps, lr, seed)
+                seconds_per_step.setdefault(name, {}).setdefault(method, []).append(
+                    (time.perf_counter() - t) / args.steps)
+                record(method, model)
+            print(name, method, lr, rows[method], file=sys.stderr, flush=True)
+    curve = k_shot_curve(base, tokenizer)
+    return {
+        "command": "python data/measure_decoder.py", "date": str(date.today()),
+        "machine": f"{torch.get_num_threads()} core(s) of a {os.cpu_count()}-core "
+                   f"{platform.machine()} CPU",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__,
+                     "python": platform.python_version()},
+        "seeds": SEEDS, "steps": args.steps, "rows per step": ROWS, "test rows": args.rows,
+        "seconds": round(time.perf_counter() - began), "trained parameters": sizes,
+        "seconds per step": {t: {m: round(statistics.mean(s), 4) for m, s in by.items()}
+                             for t, by in seconds_per_step.items()},
+        "learning rates": rates, "tasks": results, "k-shot": curve,
+    }
+
+
+def markdown(found):
+    lines = ["| task | measure | method | mean | sd | seeds |", "|---|---|---|---:|---:|---|"]
+    for task, methods in found["tasks"].items():
+        for measure in next(iter(methods.values()))[0]:
+            for method, runs in methods.items():
+                scores = [r[measure] for r in runs]
+                sd = f"{statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
+                lines.append(f"| {task} | {measure} | {method} | {statistics.mean(scores):.1f} | "
+                             f"{sd} | {', '.join(f'{s:.1f}' for s in scores)} |")
+    curve = {n: {int(k): v for k, v in row.items()} for n, row in found["k-shot"].items()}
+    ks = list(next(iter(curve.values())))
+    lines += ["", "| letter family | " + " | ".join(f"k={k}" for k in ks) + " |",
+              "|---|" + "---:|" * len(ks)]
+    groups = {"trained": list(generators.TRAINED), "held out": list(generators.HELD_OUT)}
+    for group, names in groups.items():
+        means = mean_curve(curve, names)
+        lines.append(f"| **{group}, mean of {len(names)}** | "
+                     + " | ".join(f"**{means[k]:.1f}**" for k in ks) + " |")
+    for n, row in curve.items():
+        kind = " (held out)" if n in generators.HELD_OUT else ""
+        lines.append(f"| {n}{kind} | " + " | ".join(f"{row[k]:.1f}" for k in ks) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--model", type=Path, default=HERE / "scribe")
+    p.add_argument("--steps", type=int, default=200)
+    p.add_argument("--rows", type=int, default=100, help="test rows")
+    p.add_argument("--tasks", nargs="+", default=list(generators.TASKS))
+    p.add_argument("--out", type=Path, default=HERE / "results" / "decoder.json")
+    found = measure(p.parse_args())
+    out = p.parse_args().out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(found, indent=1) + "\n")
+    print(markdown(found))
