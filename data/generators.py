@@ -329,7 +329,7 @@ def word_problems(rng):
 
 
 def letters(rng):
-    (a, b), = family_pairs(rng, "rotate_right_upper", rng.choice((4, 5)), 1)
+    (a, b), = family_pairs(rng, "reverse_upper", rng.choice((4, 5)), 1)
     return f"Code {spaced(a)}\nSecret:", f" {spaced(b)}"
 
 

@@ -4,10 +4,12 @@ Per task and over three seeds: zero-shot, k-shot, the same steps from random wei
 fine-tuning and LoRA. Learning rates are chosen by the loss on the validation rows, with a seed
 of its own. Scores are on the first 100 test rows, decoded greedily. Then the k-shot curve of the
 letter families. Writes data/results/decoder.json and prints both tables as markdown.
+Every finished cell is kept in runs/measure/, so that a killed run continues.
 """
 
 import argparse
 import copy
+import hashlib
 import json
 import os
 import platform
@@ -38,8 +40,8 @@ LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 # method -> (pretrained, LoRA's targets, learning rates to choose from)
 METHODS = {
     "from random weights": (False, None, (1e-3, 3e-3)),
-    "full fine-tuning": (True, None, (5e-4, 1e-3, 2e-3)),
-    "LoRA q, v": (True, ("q_proj", "v_proj"), (5e-3, 1e-2, 2e-2)),
+    "full fine-tuning": (True, None, (1e-3, 2e-3)),
+    "LoRA q, v": (True, ("q_proj", "v_proj"), (1e-2, 2e-2)),
     "LoRA all linear": (True, LINEAR, (5e-3, 1e-2)),
 }
 
@@ -175,55 +177,86 @@ def mean_curve(table, names):
     return {k: statistics.mean(table[n][k] for n in names) for k in table[names[0]]}
 
 
+def fine_tuned(base, tokenizer, name, data, method, args):
+    """One cell of the table: the rate chosen on validation, then a run per seed."""
+    pretrained, targets, candidates = METHODS[method]
+    losses = {}
+    for lr in candidates:
+        model = start(base, pretrained, targets, 100)
+        train(model, tokenizer, data["train"], args.steps // 2, lr, 100)
+        losses[lr] = round(validation_loss(model, tokenizer, data["validation"]), 4)
+    lr = min(losses, key=losses.get)
+    scores, seconds = [], []
+    for seed in SEEDS:
+        model = start(base, pretrained, targets, seed)
+        began = time.process_time()
+        train(model, tokenizer, data["train"], args.steps, lr, seed)
+        seconds.append((time.process_time() - began) / args.steps)
+        scores.append(asked(model, tokenizer, name, data, args))
+    return {"scores": scores, "rate": {"chosen": lr, "validation loss": losses},
+            "trained parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "seconds per step": round(statistics.mean(seconds), 4)}
+
+
+def asked(model, tokenizer, name, data, args, prefix=""):
+    test = data["test"][:args.rows]
+    longest = max(len(tokenizer.encode(r["target"])) for r in data["train"]) + 4
+    said = answers(model, tokenizer, [prefix + r["prompt"] for r in test], longest,
+                   stop_at_newline=True)
+    return score(name, said, test)
+
+
+def cell(args, base, name, method, make):
+    """`make()`, or what it gave before for the same weights, data and steps."""
+    weights = args.model / "model.safetensors"
+    if METHODS.get(method, (True,))[0]:
+        key = weights.read_bytes()
+    else:
+        key = repr((base.config.hidden_size, base.config.num_hidden_layers,
+                    base.config.vocab_size)).encode()
+    key += repr((name, method, METHODS.get(method), args.steps, args.rows, SEEDS, ROWS)).encode()
+    key += (HERE / "tasks" / f"{name}.jsonl").read_bytes()
+    kept = args.runs / f"{name} {method} {hashlib.sha256(key).hexdigest()[:12]}.json"
+    if not kept.exists():
+        found = make()
+        args.runs.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(found))
+        print(name, method, found, file=sys.stderr, flush=True)
+    return json.loads(kept.read_text())
+
+
 def measure(args):
-    began = time.perf_counter()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     base = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    results, rates, sizes, seconds_per_step = {}, {}, {}, {}
+    results, rates, sizes, seconds = {}, {}, {}, {}
     for name in args.tasks:
-        data = load_task(name)
-        test = data["test"][:args.rows]
-        longest = max(len(tokenizer.encode(r["target"])) for r in data["train"]) + 4
+        data, k = load_task(name), SHOTS[name]
         rows = results[name] = {}
-
-        def record(method, model, prefix="", rows=rows, test=test, longest=longest, name=name):
-            said = answers(model, tokenizer, [prefix + r["prompt"] for r in test], longest,
-                           stop_at_newline=True)
-            rows.setdefault(method, []).append(score(name, said, test))
-
-        record("zero-shot", base)
-        for seed in SEEDS:
-            rng = random.Random(seed)
-            record(f"{SHOTS[name]}-shot", base, shots(data["train"], SHOTS[name], rng))
-        for method, (pretrained, targets, candidates) in METHODS.items():
-            losses = {}
-            for lr in candidates:
-                model = start(base, pretrained, targets, 100)
-                train(model, tokenizer, data["train"], args.steps // 2, lr, 100)
-                losses[lr] = validation_loss(model, tokenizer, data["validation"])
-            lr = min(losses, key=losses.get)
-            rates[f"{name}/{method}"] = {"chosen": lr, "validation loss": losses}
-            for seed in SEEDS:
-                model = start(base, pretrained, targets, seed)
-                sizes[method] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-                t = time.perf_counter()
-                train(model, tokenizer, data["train"], args.steps, lr, seed)
-                seconds_per_step.setdefault(name, {}).setdefault(method, []).append(
-                    (time.perf_counter() - t) / args.steps)
-                record(method, model)
-            print(name, method, lr, rows[method], file=sys.stderr, flush=True)
-    curve = k_shot_curve(base, tokenizer)
+        if not args.methods:
+            rows["zero-shot"] = cell(args, base, name, "zero-shot", lambda: [
+                asked(base, tokenizer, name, data, args)])
+            rows[f"{k}-shot"] = cell(args, base, name, "k-shot", lambda: [
+                asked(base, tokenizer, name, data, args,
+                      shots(data["train"], k, random.Random(seed))) for seed in SEEDS])
+        for method in args.methods or METHODS:
+            found = cell(args, base, name, method, lambda: fine_tuned(
+                base, tokenizer, name, data, method, args))
+            rows[method] = found["scores"]
+            rates[f"{name}/{method}"] = found["rate"]
+            sizes[method] = found["trained parameters"]
+            seconds[f"{name}/{method}"] = found["seconds per step"]
+    if args.methods:
+        return None
     return {
-        "command": "python data/measure_decoder.py", "date": str(date.today()),
-        "machine": f"{torch.get_num_threads()} core(s) of a {os.cpu_count()}-core "
+        "command": f"python data/measure_decoder.py --steps {args.steps} --rows {args.rows}",
+        "date": str(date.today()),
+        "machine": f"{torch.get_num_threads()} core of a {os.cpu_count()}-core "
                    f"{platform.machine()} CPU",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__,
                      "python": platform.python_version()},
         "seeds": SEEDS, "steps": args.steps, "rows per step": ROWS, "test rows": args.rows,
-        "seconds": round(time.perf_counter() - began), "trained parameters": sizes,
-        "seconds per step": {t: {m: round(statistics.mean(s), 4) for m, s in by.items()}
-                             for t, by in seconds_per_step.items()},
-        "learning rates": rates, "tasks": results, "k-shot": curve,
+        "trained parameters": sizes, "processor seconds per step": seconds,
+        "learning rates": rates, "tasks": results, "k-shot": k_shot_curve(base, tokenizer),
     }
 
 
@@ -254,12 +287,15 @@ def markdown(found):
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--model", type=Path, default=HERE / "scribe")
-    p.add_argument("--steps", type=int, default=200)
+    p.add_argument("--steps", type=int, default=150)
     p.add_argument("--rows", type=int, default=100, help="test rows")
     p.add_argument("--tasks", nargs="+", default=list(generators.TASKS))
+    p.add_argument("--methods", nargs="+", choices=METHODS, help="only fill these cells")
+    p.add_argument("--runs", type=Path, default=HERE.parent / "runs" / "measure")
     p.add_argument("--out", type=Path, default=HERE / "results" / "decoder.json")
-    found = measure(p.parse_args())
-    out = p.parse_args().out
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(found, indent=1) + "\n")
-    print(markdown(found))
+    args = p.parse_args()
+    found = measure(args)
+    if found:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
+        print(markdown(found))
