@@ -247,7 +247,7 @@ def test_refusals_are_one_sentence_and_change_nothing():
         model(x)
     lora_batch.choose(model, [0, 1])
     y = model(x)
-    for ids in ([0, 2], [-2, 0], 7, [], [0.5], torch.tensor([1.0])):
+    for ids in ([0, 2], [-2, 0], 7, [], torch.arange(0), [0.5], torch.tensor([1.0])):
         with pytest.raises(ValueError, match="task_ids = .*: expected"):
             lora_batch.choose(model, ids)
     assert torch.equal(model(x), y)
@@ -274,6 +274,16 @@ def test_the_choice_is_a_copy():
     y = model(x)
     ids.fill_(0)
     assert torch.equal(model(x), y) and "0.chosen" not in model.state_dict()
+
+
+def test_the_scale_is_exact_and_no_part_of_the_model_file():
+    model = nn.Sequential(nn.Linear(7, 5))
+    lora_batch.attach(model, "0", tasks=2, r=3, alpha=1.0)
+    assert set(model.state_dict()) == {"0.base.weight", "0.base.bias", "0.A", "0.B"}
+    assert lora_batch.extract(model, 0)["0.s"].item() == 1 / 3
+    taken = {**lora_batch.extract(model, 0), "0.s": torch.tensor(3**-0.5, dtype=torch.float64)}
+    lora_batch.insert(model, 1, taken)
+    assert lora_batch.state(model)["0.s"].tolist() == [1 / 3, 3**-0.5]
 
 
 def test_there_is_no_merge():
