@@ -215,6 +215,18 @@ def test_skipping_the_step_where_the_last_phase_starts_is_harmless():
     assert rank(model) == 1 * len(adalora.sites(model))
 
 
+def test_the_last_phase_starts_with_a_cut_and_its_scores_stand():
+    model, inputs = build("llama"), batch("llama")
+    adalora.attach(model, *LINEAR["llama"], total=20, r=3, target=1, warmup=2, final=5, every=4)
+    opt = train(model, inputs, range(15))
+    assert rank(model) == 3 * len(adalora.sites(model))  # step 14 is no cut
+    before = [m.score() for m in adalora.sites(model).values()]
+    train(model, inputs, [15], opt)  # nor would 15 be one, were it not the first of the last five
+    assert rank(model) == len(adalora.sites(model))
+    train(model, inputs, range(16, 20), opt)
+    assert all(torch.equal(a, m.score()) for a, m in zip(before, adalora.sites(model).values(), strict=True))
+
+
 def test_the_last_step_is_always_a_cut():
     """With tfinal = 0 HF peft's live model ends with all triplets, its file with few."""
     model, inputs = build("llama"), batch("llama")
@@ -371,6 +383,18 @@ def test_the_file_is_small_and_a_loaded_model_computes_its_loss(trained):
         assert any(p.requires_grad for p in other.parameters()) is not frozen
     adalora.merge(other)
     torch.testing.assert_close(logits(other, inputs), logits(model, inputs))
+
+
+def test_a_state_from_before_the_first_step_keeps_every_triplet():
+    model, inputs = build("llama"), batch("llama")
+    adalora.attach(model, *LINEAR["llama"], total=8, r=3, target=1)
+    saved = adalora.state(model)
+    assert all(v.numel() == 3 for k, v in saved.items() if k.endswith("lam"))
+    other = build("llama")
+    adalora.attach(other, *LINEAR["llama"], total=8, r=2, target=1)
+    adalora.load(other, saved)
+    train(other, inputs, range(8))
+    assert not torch.equal(logits(other, inputs), logits(model, inputs))
 
 
 def test_a_loaded_file_can_train_on(trained):
