@@ -1,11 +1,11 @@
 """MonteCLoRA's promise: less depends on learning rate and batch size. For chapter 34.
 
-Run: python data/sensitivity.py      (about 3 minutes on one core; resumable)
+Run: python data/sensitivity.py      (about 6 minutes on one core; resumable)
 
-Five arms over 5 learning rates x 2 batch sizes x 4 seeds on `domain`, one pass over the 800
+Five arms over 5 learning rates x 2 batch sizes x 8 seeds on `domain`, one pass over the 800
 training rows each. Two arms are controls: LoRA, and MonteCLoRA with a noise too small to matter.
 
-To afford 200 runs, the last layer of MiniLM is adapted and the five below it are run once: their
+To afford 400 runs, the last layer of MiniLM is adapted and the five below it are run once: their
 output does not change. Of the last layer only the first token is computed, all that the head reads.
 Chapter 33 runs LoRA and QLoRA the same way.
 """
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from minipeft.lab import loop, models, results, tasks
 from minipeft.reparam import lora, monteclora, nf4, qlora
 
-SEEDS, RATES, BATCHES = range(4), (3e-3, 1e-2, 3e-2, 1e-1, 3e-1), (8, 64)
+SEEDS, RATES, BATCHES = range(8), (3e-3, 1e-2, 3e-2, 1e-1, 3e-1), (8, 64)
 ARMS = {"full": None, "lora": None, "monteclora placebo": 1e-6, "monteclora 5e-3": 5e-3, "monteclora 2e-2": 2e-2}
 LINEAR = ("query", "key", "value", "dense")
 FULL = 0.04  # all weights of the layer take this share of the rate: 2e-4 where LoRA takes 5e-3
