@@ -20,7 +20,8 @@ from minipeft.lab import loop, models, results, tasks
 from minipeft.reparam import lora, monteclora, nf4, qlora
 
 SEEDS, RATES, BATCHES = range(8), (3e-3, 1e-2, 3e-2, 1e-1, 3e-1), (8, 64)
-ARMS = {"full": None, "lora": None, "monteclora placebo": 1e-6, "monteclora 5e-3": 5e-3, "monteclora 2e-2": 2e-2}
+ARMS = {"full": None, "lora": None,
+        "monteclora placebo": 1e-6, "monteclora 5e-3": 5e-3, "monteclora 2e-2": 2e-2}  # eps
 LINEAR = ("query", "key", "value", "dense")
 FULL = 0.04  # all weights of the layer take this share of the rate: 2e-4 where LoRA takes 5e-3
 
@@ -30,7 +31,8 @@ class Top(torch.nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        self.layer, self.pooler, self.classifier = model.bert.encoder.layer[-1], model.bert.pooler, model.classifier
+        self.layer, self.pooler = model.bert.encoder.layer[-1], model.bert.pooler
+        self.classifier = model.classifier
 
     def forward(self, hidden, mask):  # (n, length, d), (n, length) -> (n, classes)
         a, first = self.layer.attention.self, hidden[:, :1]
@@ -131,7 +133,8 @@ def train(top, method, arm, lr, batch, seed):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    jobs = [dict(arm=a, lr=lr, batch=b, seed=s) for s in SEEDS for a in ARMS for lr in RATES for b in BATCHES]
+    jobs = [dict(arm=a, lr=lr, batch=b, seed=s)
+            for s in SEEDS for a in ARMS for lr in RATES for b in BATCHES]
     table = results.sweep("sensitivity", jobs, run)
     results.write("sensitivity", table, seeds=list(SEEDS), rates=RATES, batches=BATCHES, full=FULL,
                   r=8, alpha=16.0, samples=4, eps=ARMS, rows_seen=800)
