@@ -93,6 +93,19 @@ def test_codes_maxima_and_values_are_bitsandbytes(shape, dtype):
     assert mine.dtype == dtype and torch.equal(mine, values)
 
 
+def test_an_incomplete_block_is_divided_and_a_full_one_multiplied():
+    """On an edge the two round apart: bitsandbytes does one in the last block and one elsewhere."""
+    bnb = pytest.importorskip("bitsandbytes").functional
+    torch.manual_seed(0)
+    edges, differ = (LEVELS[1:] + LEVELS[:-1]) / 2, 0
+    for top in torch.rand(200) + 0.5:
+        W = torch.cat([top[None], top * edges])  # 16 weights, one incomplete block
+        differ += (torch.bucketize(W / top, edges) != torch.bucketize(W * (1 / top), edges)).sum()
+        for V in (W, W.repeat(4)):
+            assert torch.equal(quantise(V)[0], bnb.quantize_4bit(V, blocksize=64, quant_type="nf4")[0].flatten())
+    assert differ > 20
+
+
 @pytest.mark.parametrize("shape", (*SHAPES, (640, 1000)))
 def test_the_second_quantisation_is_bitsandbytes(shape):
     bnb = pytest.importorskip("bitsandbytes").functional
