@@ -437,7 +437,7 @@ def test_compiles_in_one_graph(arch):
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     labels = inputs.pop("labels")  # GPT-2's loss warns, and a warning breaks the graph
     if arch == "t5":
-        inputs["decoder_input_ids"] = labels
+        inputs.update(decoder_input_ids=labels, use_cache=False)
     with torch.no_grad():
         torch.testing.assert_close(
             compiled(**inputs).logits, model(**inputs).logits, rtol=1e-5, atol=1e-5

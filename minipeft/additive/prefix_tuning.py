@@ -148,7 +148,7 @@ def attach(
         prefix.start(K, V, trunks.get(kind), fit=words is not None)
         layer = model.get_submodule(path)
         layer.prefix, prefix.hook = prefix.train(layer.training), hook
-    model.set_attn_implementation(f"prefix_{inner}")
+    _use(model, f"prefix_{inner}")
     return list(sites(model))
 
 
@@ -188,7 +188,13 @@ def detach(model: nn.Module) -> None:
     for path, m in sites(model).items():
         m.hook.remove()
         del model.get_submodule(path.rpartition(".")[0]).prefix
-    model.set_attn_implementation(model.config._attn_implementation.removeprefix("prefix_"))
+    _use(model, model.config._attn_implementation.removeprefix("prefix_"))
+
+
+def _use(model: nn.Module, attention: str) -> None:
+    for m in model.modules():  # T5's halves have a config each, which older versions forget
+        if hasattr(m, "set_attn_implementation"):
+            m.set_attn_implementation(attention)
 
 
 @torch.no_grad()
@@ -205,7 +211,7 @@ def _look(model: nn.Module, words: Tensor | None) -> dict[str, Prefix]:
     try:
         for m in layers.values():
             m.prefix = Prefix()
-        model.eval().set_attn_implementation(f"prefix_{inner}")
+        _use(model.eval(), f"prefix_{inner}")
         model(**inputs)
         found = {p: m.prefix for p, m in layers.items() if m.prefix.shown is not None}
     finally:
@@ -213,7 +219,7 @@ def _look(model: nn.Module, words: Tensor | None) -> dict[str, Prefix]:
             del m.prefix
         for m, mode in modes.items():
             m.training = mode
-        model.set_attn_implementation(inner)
+        _use(model, inner)
     if not found:
         raise ValueError("no layer calls transformers' attention registry, expected one at least")
     return found
