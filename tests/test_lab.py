@@ -405,6 +405,33 @@ def test_labels_stand_on_the_target_alone(folders):
         assert (mask == 0).sum() == longest - mask.sum() and mask[-1] == 1  # padded on the left
 
 
+def test_an_encoder_decoder_gets_two_texts(folders):
+    _, tokenizer = models.load(folders / "llama")
+    model = build("t5", torch.float32)
+    rows = [{"prompt": "the cat", "target": "was good"}, {"prompt": "a very bad meal", "target": "dull"}]
+    batch = loop.collate([loop.encode(r, tokenizer, two_texts=True) for r in rows], tokenizer)
+    assert batch["labels"].shape == (2, 3) and batch["input_ids"].shape == (2, 5)
+    for i, r in enumerate(rows):
+        ids, labels = batch["input_ids"][i][batch["attention_mask"][i] == 1], batch["labels"][i]
+        assert tokenizer.decode(ids) == f"{r['prompt']} </s>"
+        assert tokenizer.decode(labels[labels != -100]) == f"{r['target']} </s>"
+    ledger = loop.train(model, tokenizer, tasks.Task("t", [], rows, rows, rows), steps=150, lr=1e-2)
+    assert ledger.losses[-1] < 0.1
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    assert loop.generate(model, tokenizer, [r["prompt"] for r in rows]) == [r["target"] for r in rows]
+
+
+def test_the_second_text_of_a_pair_is_marked(minilm):
+    _, tokenizer = minilm
+    rows = [{"text": "A cat. [SEP] A small dog.", "label": 0}, {"text": "Good. [SEP] Bad.", "label": 1}]
+    batch = loop.collate([loop.encode(r, tokenizer) for r in rows], tokenizer)
+    want = tokenizer(["A cat.", "Good."], ["A small dog.", "Bad."], padding=True, return_tensors="pt")
+    for k in ("input_ids", "token_type_ids", "attention_mask"):
+        assert torch.equal(batch[k], want[k])
+    alone = loop.encode({"text": "A cat.", "label": 0}, tokenizer)
+    assert alone.keys() == {"input_ids", "labels"}
+
+
 def test_training_twice_gives_the_same_weights(folders):
     runs = []
     for noise in (1, 2):
@@ -462,6 +489,11 @@ def test_nothing_to_train(bert):
 
 
 def test_nothing_is_moving(bert):
+    """The same above 64 trained tensors, of which every nth is watched."""
+    model, tokenizer = models.load("minilm", labels=2)
+    assert sum(p.requires_grad for p in model.parameters()) > 64
+    with pytest.raises(RuntimeError, match="nothing is moving"):
+        loop.train(model, tokenizer, task(), steps=10, lr=0.0, batch_size=2)
     with pytest.raises(RuntimeError, match="nothing is moving: ten steps changed no trained tensor"):
         loop.train(*bert, task(), steps=20, lr=0.0)
 

@@ -36,15 +36,16 @@ def count(model) -> tuple[int, int]:
     return sum(n for n, on in sizes if on), sum(n for n, _ in sizes)
 
 
-def batches(rows, tokenizer, size=16, *, seed=0, max_length=64):
+def batches(rows, tokenizer, size=16, *, seed=0, max_length=64, two_texts=False):
     """An endless stream of batches, padded to their longest row, rows of like length together.
 
-    The order depends on `seed` alone. Rows with "target" give labels on the target only.
+    The order depends on `seed` alone. Rows with "target" give labels on the target only;
+    with `two_texts` (an encoder-decoder) the target is a text of its own.
     """
     if not rows:
         raise ValueError("no rows to make batches of")
     rng = random.Random(seed)
-    encoded = [encode(r, tokenizer, max_length) for r in rows]
+    encoded = [encode(r, tokenizer, max_length, two_texts) for r in rows]
     while True:
         order = list(range(len(encoded)))
         rng.shuffle(order)
@@ -58,36 +59,43 @@ def batches(rows, tokenizer, size=16, *, seed=0, max_length=64):
             yield collate([encoded[i] for i in group], tokenizer)
 
 
-def encode(row, tokenizer, max_length=64):
+def encode(row, tokenizer, max_length=64, two_texts=False):
     """One row as {"input_ids", "labels"}; a pair is written "first [SEP] second"."""
     if "target" not in row:
-        text = row["text"].split(" [SEP] ")
-        ids = tokenizer(*text, truncation=True, max_length=max_length)["input_ids"]
-        return {"input_ids": ids, "labels": row["label"]}
-    prompt = tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
-    target = tokenizer(row["target"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        made = tokenizer(*row["text"].split(" [SEP] "), truncation=True, max_length=max_length)
+        out = {"input_ids": made["input_ids"], "labels": row["label"]}
+        if any(made.get("token_type_ids", ())):  # the second text of a pair, as BERT marks it
+            out["token_type_ids"] = made["token_type_ids"]
+        return out
+    prompt, target = (tokenizer(row[k], add_special_tokens=False)["input_ids"] for k in ("prompt", "target"))
+    end = [tokenizer.eos_token_id]
+    if two_texts:
+        return {"input_ids": prompt[: max_length - 1] + end, "labels": target[: max_length - 1] + end}
     start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    ids = (start + prompt + target)[:max_length]
-    labels = ([-100] * len(start + prompt) + target)[:max_length]
+    ids = (start + prompt + target + end)[:max_length]
+    labels = ([-100] * len(start + prompt) + target + end)[:max_length]
     return {"input_ids": ids, "labels": labels}
 
 
 def collate(encoded, tokenizer):
     """Padded on the tokenizer's side; labels of padding are -100."""
-    longest = max(len(e["input_ids"]) for e in encoded)
     left = tokenizer.padding_side == "left"
 
-    def pad(values, fill):
-        gap = [fill] * (longest - len(values))
-        return gap + values if left else values + gap
+    def pad(rows, fill):
+        longest = max(map(len, rows))
+        gaps = ([fill] * (longest - len(r)) for r in rows)
+        return torch.tensor([gap + r if left else r + gap for gap, r in zip(gaps, rows)])
 
-    ids = torch.tensor([pad(e["input_ids"], tokenizer.pad_token_id) for e in encoded])
-    mask = torch.tensor([pad([1] * len(e["input_ids"]), 0) for e in encoded])
-    if isinstance(encoded[0]["labels"], int):
-        labels = torch.tensor([e["labels"] for e in encoded])
-    else:
-        labels = torch.tensor([pad(e["labels"], -100) for e in encoded])
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    ids, labels = ([e[k] for e in encoded] for k in ("input_ids", "labels"))
+    batch = {
+        "input_ids": pad(ids, tokenizer.pad_token_id),
+        "attention_mask": pad([[1] * len(row) for row in ids], 0),
+        "labels": torch.tensor(labels) if isinstance(labels[0], int) else pad(labels, -100),
+    }
+    if any("token_type_ids" in e for e in encoded):
+        types = (e.get("token_type_ids", [0] * len(row)) for e, row in zip(encoded, ids))
+        batch["token_type_ids"] = pad(list(types), 0)
+    return batch
 
 
 def train(
@@ -125,8 +133,10 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         opt, lambda t: min((t + 1) / ramp, max(0.0, (steps - t) / max(1, steps - ramp)))
     )
-    stream = batches(task.train, tokenizer, batch_size, seed=seed)
-    start = [p.detach().clone() for p in params[:64]]  # enough to see whether anything moves
+    stream = batches(task.train, tokenizer, batch_size, seed=seed,
+                     two_texts=model.config.is_encoder_decoder)
+    watched = params[:: -(-len(params) // 64)]  # at most 64: enough to see whether anything moves
+    start = [p.detach().clone() for p in watched]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     torch.manual_seed(seed)
@@ -150,7 +160,7 @@ def train(
         schedule.step()
         ledger.losses.append(loss.item())
         bar.set_postfix(loss=f"{loss.item():.3f}")
-        if step == 9 and all(torch.equal(a, p) for a, p in zip(start, params)) and len(params) <= 64:
+        if step == 9 and all(torch.equal(a, p) for a, p in zip(start, watched)):
             raise RuntimeError("nothing is moving: ten steps changed no trained tensor")
         if every and (step + 1) % every == 0:
             ledger.curve.append((step + 1, accuracy(model, tokenizer, task.validation)))
@@ -192,10 +202,12 @@ def generate(model, tokenizer, prompts, *, max_new_tokens=48, batch_size=32, **m
     """Greedy continuations, in the order of `prompts`, without the prompt and special tokens."""
     model.eval()
     device = next(model.parameters()).device
-    start = tokenizer.bos_token or ""
+    start, end = tokenizer.bos_token or "", ""
+    if model.config.is_encoder_decoder:
+        start, end = "", tokenizer.eos_token
     texts = []
     for i in range(0, len(prompts), batch_size):
-        part = [start + p for p in prompts[i : i + batch_size]]
+        part = [start + p + end for p in prompts[i : i + batch_size]]
         inputs = tokenizer(part, return_tensors="pt", padding=True, add_special_tokens=False).to(device)
         inputs.pop("token_type_ids", None)
         ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False,
