@@ -92,40 +92,44 @@ DROP = set("a an is was are were has had to of the my our their than".split())
 
 
 def acceptability(text: str, number: int) -> tuple[str, int]:
-    """(text, 1) for half of the rows; for the others (the text broken by one rule, 0).
+    """(text, 1) for half of the rows; for the others (the text broken by two rules, 0).
 
     Rows come in blocks of eight, one for each domain and sentiment; six blocks hold 4 rows to
     train on, 1 to validate, 1 to test. Halving over both keeps every split and class balanced.
 
-    Rules, in an order that `number` seeds, the first that applies is used:
+    Rules, in an order that `number` seeds, the first two that find a place are used:
     order      a function word changes places with the word after it
     agreement  a verb or a determiner changes its number
     missing    a function word is left out
+    Where fewer than two find one, two neighbours in the middle change places.
     """
     if (number // 48 + number % 8) % 2 == 0:
         return text, 1
     rng = random.Random(number)
-    words = text.split()
-    inner = range(1, len(words) - 1)
-    for rule in rng.sample(("order", "agreement", "missing"), 3):
+    words, broken = text.split(), 0
+    for rule in (*rng.sample(("order", "agreement", "missing"), 3), "any", "any"):
+        inner = range(1, len(words) - 1)
         if rule == "order":
             places = [i for i in inner if words[i] in ORDER and words[i + 1].isalpha()
                       and words[i + 1] not in ORDER]
+        elif rule == "any":
+            places = [i for i in inner[:-1] if _swapped(words, i) not in (words, text.split())]
         else:
             places = [i for i in inner if words[i] in (AGREE if rule == "agreement" else DROP)]
-        if not places:
+        if not places or broken == 2:
             continue
-        i = rng.choice(places)
-        if rule == "order":
-            words[i], words[i + 1] = words[i + 1], words[i]
-        elif rule == "agreement":
+        i, broken = rng.choice(places), broken + 1
+        if rule == "agreement":
             words[i] = AGREE[words[i]]
-        else:
+        elif rule == "missing":
             del words[i]
-        return " ".join(words), 0
-    i = rng.choice(inner[:-1])  # no function word at all: two neighbours change places
-    words[i], words[i + 1] = words[i + 1], words[i]
+        else:
+            words = _swapped(words, i)
     return " ".join(words), 0
+
+
+def _swapped(words, i):
+    return [*words[:i], words[i + 1], words[i], *words[i + 2 :]]
 
 
 def _jsonl(path):
