@@ -1,12 +1,14 @@
 """Text for the small decoder: what it is pretrained on, and the tasks it is fine-tuned on.
 
-Pretraining shows five skills, each in documents of its own:
+Pretraining shows six skills, each in documents of its own:
 
     in_context   '> c a t = t a c' lines: k examples of one letter function, then more of the same
     prose        two or three sentences about a restaurant
     table        the attributes of a restaurant: name[..] eatType[..] food[..] ...
     arithmetic   '7 + 5 = 12' and stories such as 'Tom had 7 figs. He found 5 more. ...'
-    story        four or five sentences about an animal
+    story        six short sentences about an animal
+    twice        words and the same words; a restaurant in prose and again in prose; a table and
+                 again the table
 
 The four fine-tuning tasks recombine skills in a way that no pretraining document does:
 
@@ -286,29 +288,61 @@ def story(rng):
 
 # pretraining
 
+# Values of any attribute, so that only copying tells them. No adjective: no name of the tasks.
+MIXED = [*NOUNS, *THINGS, *NUMBER_WORDS, *VALUES["food"], *VALUES["eatType"],
+         *_words("Rose Mill King River Church Station Park Bridge Street Hall harbour riverside"),
+         *[w for w, _ in PEOPLE], *[w for animal in ANIMALS for w in animal[:2]]]
+
+
+def mixed(rng, r):
+    """The same attributes with words drawn from all of MIXED."""
+    return {k: " ".join(w if w == "The" else rng.choice(MIXED) for w in v.split())
+            for k, v in r.items()}
+
+
+def twice(rng):
+    """Words said twice, or a restaurant twice in prose, or its table in two orders: copying."""
+    u = rng.random()
+    if u < 0.4:
+        line = " ".join(rng.sample(MIXED, rng.randint(5, 15)))
+        return f"{line}\n{line}"
+    r = restaurant(rng)
+    if rng.random() < 0.5:
+        r = mixed(rng, r)
+    if u < 0.7:
+        return f"{prose(rng, r)}\n{prose(rng, r)}"
+    return f"{table(r)}\n{table(dict(rng.sample(list(r.items()), len(r))))}"
+
+
 SKILLS = {
     "in_context": in_context,
     "prose": lambda rng: prose(rng, restaurant(rng)),
     "table": lambda rng: table(restaurant(rng)),
     "arithmetic": arithmetic,
     "story": story,
+    "twice": twice,
 }
-SHARES = {"in_context": 0.52, "prose": 0.13, "table": 0.07, "arithmetic": 0.18, "story": 0.10}
-# For the later part of pretraining: letter functions take longest.
-LATER_SHARES = {"in_context": 0.72, "prose": 0.06, "table": 0.03, "arithmetic": 0.15,
-                "story": 0.04}
+# Share of rows in the phases of pretraining. The first learns to write, the second letter functions,
+# which take longest, the third to say again what stands before, the fourth keeps all of it.
+PHASES = (
+    {"in_context": 0.52, "prose": 0.13, "table": 0.07, "arithmetic": 0.18, "story": 0.10},
+    {"in_context": 0.72, "prose": 0.06, "table": 0.03, "arithmetic": 0.15, "story": 0.04},
+    {"in_context": 0.30, "prose": 0.03, "table": 0.03, "arithmetic": 0.06, "story": 0.03,
+     "twice": 0.55},
+    {"in_context": 0.60, "prose": 0.05, "table": 0.03, "arithmetic": 0.13, "story": 0.03,
+     "twice": 0.16},
+)
 
 
-def pick_skill(rng, later=False):
-    shares = LATER_SHARES if later else SHARES
-    return rng.choices(list(shares), weights=list(shares.values()))[0]
+def pick_skill(rng, phase=0):
+    return rng.choices(list(PHASES[phase]), weights=list(PHASES[phase].values()))[0]
 
 
-def documents(seed, count):
+def documents(seed, count, phase=0):
     """`count` (skill, text) pairs."""
     rng = random.Random(f"documents/{seed}")
     for _ in range(count):
-        skill = pick_skill(rng)
+        skill = pick_skill(rng, phase)
         yield skill, SKILLS[skill](rng)
 
 

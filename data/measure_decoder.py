@@ -41,8 +41,8 @@ ROWS = 8
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # method -> (pretrained, LoRA's targets, learning rates to choose from)
 METHODS = {
-    "from random weights": (False, None, (1e-3, 3e-3)),
-    "full fine-tuning": (True, None, (1e-3, 2e-3)),
+    "from random weights": (False, None, (1e-3, 3e-3, 6e-3)),
+    "full fine-tuning": (True, None, (5e-4, 1e-3, 2e-3)),
     "LoRA q, v": (True, ("q_proj", "v_proj"), (1e-2, 2e-2)),
     "LoRA all linear": (True, LINEAR, (5e-3, 1e-2)),
 }

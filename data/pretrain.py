@@ -45,10 +45,10 @@ def train_tokenizer(seed, vocab_size=1024, documents=20_000):
         model_max_length=256, clean_up_tokenization_spaces=False)
 
 
-def row(tokenizer, key, skill=None, later=False):
+def row(tokenizer, key, skill=None, phase=0):
     """One packed row of LENGTH ids and its labels. A row keeps to one skill."""
     rng = random.Random(key)
-    skill = skill or generators.pick_skill(rng, later)
+    skill = skill or generators.pick_skill(rng, phase)
     ids = []
     while len(ids) < LENGTH:
         text = generators.SKILLS[skill](rng)
@@ -63,20 +63,27 @@ def row(tokenizer, key, skill=None, later=False):
             asking = t == opens or (asking and t != equals)
             if asking or t == equals:
                 labels[i] = -100
+    if skill == "twice":
+        # Nobody can guess the restaurant: only the second telling counts.
+        line, first = tokenizer.convert_tokens_to_ids("Ċ"), True
+        for i, t in enumerate(ids):
+            if first:
+                labels[i] = -100
+            first = t == tokenizer.eos_token_id or (first and t != line)
     return ids, labels
 
 
-def batch(tokenizer, seed, step, rows, later=False, device="cpu"):
-    ids, labels = zip(*(row(tokenizer, f"train/{seed}/{step}/{i}", later=later)
+def batch(tokenizer, seed, step, rows, phase=0, device="cpu"):
+    ids, labels = zip(*(row(tokenizer, f"train/{seed}/{step}/{i}", phase=phase)
                         for i in range(rows)))
     return torch.tensor(ids, device=device), torch.tensor(labels, device=device)
 
 
 @torch.no_grad()
-def held_out_loss(model, tokenizer, seed, rows=8):
+def held_out_loss(model, tokenizer, seed, rows=8, skills=tuple(generators.SKILLS)):
     """Mean loss per skill on rows that training never draws."""
     losses = {}
-    for skill in generators.SKILLS:
+    for skill in skills:
         pairs = (row(tokenizer, f"held out/{seed}/{skill}/{i}", skill) for i in range(rows))
         ids, labels = (torch.tensor(x, device=model.device) for x in zip(*pairs))
         losses[skill] = round(model(input_ids=ids, labels=labels).loss.item(), 4)
@@ -93,14 +100,32 @@ def build(tokenizer, seed, hidden, layers, heads, kv_heads, ff):
         pad_token_id=tokenizer.pad_token_id))
 
 
-def rate(step, steps, lr, warmup, turn, horizon):
-    """Linear warm-up, a cosine towards `horizon` that ends at `turn`; then a cosine to zero."""
+def phase_of(step, turns):
+    return sum(step >= turn for turn in turns)
+
+
+def rate(step, steps, lr, warmup, turns, horizon):
+    """A warm-up and a cosine towards `horizon` in the first phase, a cosine to zero in the second,
+    a warm-up and a cosine to zero in the third and the fourth together.
+    """
+    def cosine(start, end):
+        return 0.5 * (1 + math.cos(math.pi * (step - start) / max(1, end - start)))
+
     if step < warmup:
         return lr * (step + 1) / warmup
-    if step < turn:
-        done = (step - warmup) / max(1, horizon - warmup)
-        return lr * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
-    return lr * 0.5 * (1 + math.cos(math.pi * (step - turn) / max(1, steps - turn)))
+    if step < turns[0]:
+        return lr * (0.05 + 0.95 * cosine(warmup, horizon))
+    if step < turns[1]:
+        return lr * cosine(turns[0], turns[1])
+    return lr * min((step - turns[1] + 1) / warmup, cosine(turns[1], steps))
+
+
+@torch.no_grad()
+def restart(model, optimizer):
+    """As from the files on disk: float16 weights, an optimizer without a past."""
+    for p in model.parameters():
+        p.copy_(p.half())
+    optimizer.state.clear()
 
 
 def save_checkpoint(path, **what):
@@ -143,9 +168,12 @@ def pretrain(args):
                mininterval=2)
     recent = []
     for step in bar:
-        ids, labels = batch(tokenizer, args.seed, step, args.rows, step >= args.turn, device)
+        if step == args.turns[1]:
+            restart(model, optimizer)
+        ids, labels = batch(tokenizer, args.seed, step, args.rows,
+                            phase_of(step, args.turns), device)
         for group in optimizer.param_groups:
-            group["lr"] = rate(step, args.steps, args.lr, args.warmup, args.turn,
+            group["lr"] = rate(step, args.steps, args.lr, args.warmup, args.turns,
                                args.horizon)
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             loss = model(input_ids=ids, labels=labels).loss
@@ -157,7 +185,8 @@ def pretrain(args):
         done = step + 1
         if done % args.every == 0 or done == args.steps:
             entry = {"step": done, "train": round(sum(recent) / len(recent), 4),
-                     **held_out_loss(model, tokenizer, args.seed)}
+                     **held_out_loss(model, tokenizer, args.seed, skills=tuple(
+                         generators.PHASES[phase_of(step, args.turns)]))}
             log.append(entry)
             recent = []
             bar.write(json.dumps(entry), file=sys.stderr)
@@ -185,16 +214,17 @@ def write(model, tokenizer, log, seconds, device, args):
     draw(log, out / "loss.png")
     size = sum(p.numel() for p in model.parameters())
     names = ["step", "train", *generators.SKILLS]
-    shown = [e for i, e in enumerate(log) if i % max(1, len(log) // 10) == 0 or e is log[-1]]
+    shown = [e for e in log if e["step"] % (5 * args.every) == args.every or e is log[-1]]
     lines = ["| " + " | ".join(names) + " |", "|" + "---:|" * len(names)]
-    lines += ["| " + " | ".join(str(e[n]) for n in names) + " |" for e in shown]
+    lines += ["| " + " | ".join(str(e.get(n, "")) for n in names) + " |" for e in shown]
 
     def shares(s):
         return ", ".join(f"{k} {v:.0%}" for k, v in s.items())
 
     default = arguments([])
     command = " ".join(["python data/pretrain.py"] + [
-        f"--{k.replace('_', '-')} {getattr(args, k)}" for k in SETTINGS
+        f"--{k.replace('_', '-')} {str(getattr(args, k)).strip('[]').replace(',', '')}"
+        for k in SETTINGS
         if getattr(args, k) != getattr(default, k)])
     machine = (torch.cuda.get_device_name() + ", bfloat16" if device == "cuda" else
                f"{torch.get_num_threads()} core(s) of a {os.cpu_count()}-core "
@@ -206,9 +236,7 @@ def write(model, tokenizer, log, seconds, device, args):
         transformers=transformers.__version__, tokenizers=tokenizers.__version__,
         python=platform.python_version(), hidden=args.hidden, layers=args.layers,
         heads=args.heads, kv=args.kv_heads, ff=args.ff, lr=args.lr, warmup=args.warmup,
-        turn=args.turn, horizon=args.horizon,
-        later=shares(generators.LATER_SHARES),
-        shares=shares(generators.SHARES))
+        turns=args.turns, horizon=args.horizon, shares=[shares(p) for p in generators.PHASES])
     readme = out / "README.md"
     kept = readme.read_text().partition(MEASURED)[2] if readme.exists() else "\n"
     readme.write_text(card + MEASURED + kept)
@@ -219,12 +247,15 @@ def draw(log, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
     for skill in generators.SKILLS:
-        axes.plot([e["step"] for e in log], [e[skill] for e in log], label=skill)
+        seen = [e for e in log if skill in e]
+        axes.plot([e["step"] for e in seen], [e[skill] for e in seen], label=skill)
     axes.plot([e["step"] for e in log], [e["train"] for e in log], "k:", label="training")
     axes.set(xlabel="step", ylabel="loss on held-out rows (nats per token)", yscale="log")
-    axes.legend(fontsize=8)
+    axes.set_yticks([0.1, 0.2, 0.5, 1, 2, 4], ["0.1", "0.2", "0.5", "1", "2", "4"])
+    axes.minorticks_off()
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=100, metadata={"Software": None})
 
 
@@ -245,9 +276,16 @@ It knows nothing of the world: all its text comes from `data/generators.py`.
 
 ## Data
 
-Share of rows: {shares}.
-From step {turn} on, when prose, tables and stories are learned:
-{later}.
+Shares of rows in the four phases:
+
+1. to step {turns[0]}, to write: {shares[0]};
+2. to step {turns[1]}, letter functions, which take longest: {shares[1]};
+3. to step {turns[2]}, to say again what stands before: {shares[2]};
+4. to the end, all of it: {shares[3]}.
+
+`twice` says words, prose or a table twice, never prose and a table together: that is what the tasks
+ask for. Half of its restaurants have words in the wrong place, so that only copying tells them, and
+only the second telling carries loss.
 
 A row is {length} tokens of one skill; documents end with `<end>`. No row occurs twice: each is
 drawn from (seed, step, row). In `in_context` rows the letters that are asked carry no loss, only the
@@ -258,8 +296,9 @@ occur in pretraining, nor do a quarter of the restaurants' names, nor any prompt
 ## Training
 
 {steps} steps of {rows} x {length} tokens = {tokens:.1f} M tokens, AdamW (0.9, 0.95), weight decay
-0.1 on matrices, peak rate {lr} after {warmup} steps, a cosine towards step {horizon} that is left
-at step {turn}, from there a cosine to zero, clipping at 1, seed {seed}.
+0.1 on matrices, peak rate {lr} after {warmup} steps, clipping at 1, seed {seed}. A cosine towards
+step {horizon} in the first phase, to zero in the second. The third starts as from the files on disk,
+from float16 weights with a new optimizer; its warm-up and cosine to zero reach to the end.
 {minutes:.0f} minutes on {machine}.
 Python {python}, torch {torch}, transformers {transformers}, tokenizers {tokenizers}.
 
@@ -274,14 +313,15 @@ Loss on held-out rows, in nats per token (`train` is the mean over the steps sin
 ![loss](loss.png)
 
 """
-SETTINGS = ("steps", "turn", "horizon", "rows", "lr", "warmup", "seed", "hidden", "layers", "heads",
+SETTINGS = ("steps", "turns", "horizon", "rows", "lr", "warmup", "seed", "hidden", "layers", "heads",
             "kv_heads", "ff", "every")
 
 
 def arguments(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--steps", type=int, default=5600)
-    p.add_argument("--turn", type=int, default=2400, help="step from which the later shares hold")
+    p.add_argument("--steps", type=int, default=7400)
+    p.add_argument("--turns", type=int, nargs=3, default=[2400, 5600, 6200],
+                   help="steps at which the later phases start")
     p.add_argument("--horizon", type=int, default=4400, help="where the first cosine would end")
     p.add_argument("--rows", type=int, default=16, help="sequences in a batch")
     p.add_argument("--lr", type=float, default=2e-3)

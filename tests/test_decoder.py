@@ -58,11 +58,18 @@ def test_task_files_are_what_the_generators_write():
 
 
 def test_pretraining_never_shows_a_task():
-    text = "\n".join(t for _, t in generators.documents("leak", 3000))
+    texts = [d for p in range(len(generators.PHASES)) for d in generators.documents("leak", 2000, p)]
+    text = "\n".join(t for _, t in texts)
     for rows in _files().values():
         assert not [r for r in rows if r["prompt"].split("\n")[0] in text]
     assert not [n for n in generators.TASK_NAMES if n in text]
     assert [n for n in generators.NAMES if n in text]
+    # What is said twice is prose or a table, never both.
+    twice = [t for skill, t in texts if skill == "twice"]
+    assert len(twice) > 1000
+    for t in twice:
+        first, second = t.split("\n")
+        assert ("[" in first) == ("[" in second) and ("." in first) == ("." in second)
     for marker in ("Problem:", "Solve:", "Code", "Secret", "Say:", "Table:"):
         assert marker not in text
 
@@ -82,6 +89,24 @@ def test_held_out_families_are_not_in_pretraining():
         seen += 1
         assert not [n for n, f in generators.HELD_OUT.items() if explains(*f, pairs)], text
     assert seen > 1500
+
+
+def test_only_the_second_telling_carries_loss(scribe):
+    _, tokenizer = scribe
+    ids, labels = pretrain.row(tokenizer, "row", "twice")
+    kept = tokenizer.decode([i for i, y in zip(ids, labels) if y != -100])
+    parts = [d.partition("\n")[2] for d in tokenizer.decode(ids).split(pretrain.END)]
+    assert kept == pretrain.END.join(parts) and len(kept) > 50
+
+
+def test_a_mixed_restaurant_keeps_its_attributes():
+    import random
+    r = generators.restaurant(random.Random(0))
+    other = generators.mixed(random.Random(0), r)
+    assert list(other) == list(r) and other != r
+    assert all(w in ["The", *generators.MIXED] for v in other.values() for w in v.split())
+    # No adjective of a name is among them, so no name of the tasks comes out.
+    assert not set(generators.MIXED) & set(generators.ADJECTIVES)
 
 
 def test_letter_families_by_hand():
@@ -181,7 +206,7 @@ def test_the_shipped_model(scribe):
 def test_a_killed_run_ends_with_the_same_weights(tmp_path, monkeypatch):
     fast = pretrain.train_tokenizer(0, vocab_size=400, documents=300)
     monkeypatch.setattr(pretrain, "train_tokenizer", lambda seed: fast)
-    tiny = ("--steps 6 --turn 3 --warmup 1 --rows 2 --hidden 16 --layers 1 --heads 2 --kv-heads 1 "
+    tiny = ("--steps 6 --turns 2 4 5 --warmup 1 --rows 2 --hidden 16 --layers 1 --heads 2 --kv-heads 1 "
             "--ff 24 --every 2")
 
     def run(folder, *more):
@@ -190,7 +215,7 @@ def test_a_killed_run_ends_with_the_same_weights(tmp_path, monkeypatch):
         return model.state_dict(), log
 
     whole, log = run("whole")
-    run("killed", "--stop-after", "3")  # one step past its last checkpoint
+    run("killed", "--stop-after", "5")  # one step past its last checkpoint
     again, log_again = run("killed")
     assert log == log_again
     for name, tensor in whole.items():
