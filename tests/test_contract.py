@@ -44,7 +44,8 @@ METHODS = {
                              merges=False, identity=False),
     "additive.parallel_adapter": Case(dict(bottleneck=5, s=3.0), other=dict(s=1.0), targets={},
                                       merges=False),
-    "additive.ia3": Case(lambda model, _: dict(ffn=SECOND[model.config.model_type]), targets=KV),
+    "additive.ia3": Case(lambda model, _: dict(ffn=SECOND[model.config.model_type]), targets=KV,
+                         lines=256),  # half-precision models with float32 layers
     "additive.prefix_tuning": Case(dict(length=3), other=dict(mlp=4), targets={}, merges=False, identity=False),
     "additive.prompt_tuning": Case(dict(length=3), other=dict(init="random"), targets={}, merges=False, identity=False),
     "reparam.qlora": Case(dict(r=2, alpha=6.0, double=False), other=dict(alpha=1.0), lines=360,

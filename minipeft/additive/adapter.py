@@ -43,8 +43,8 @@ Cost       Trained    2 m d + d + m per adapter, two adapters per layer, plus th
 Differs    sigma is 1e-3, as in the authors' code; the paper says 1e-2.
            The paper has BERT only; pre-LN models, RMSNorm and T5's cross-attention
            follow by analogy. Pfeiffer et al. (2021) adapt the FFN alone: name its
-           closing modules, with norms=False; theirs also normalises u before W_down
-           and uses ReLU.
+           closing modules, with norms=False. Their ReLU is not built, nor is their
+           W_down that reads LayerNorm(u + x): a closing module does not see x.
 
 Pitfalls   - No `merge`: gelu is not linear, so no matrix W computes A(S(x)).
            - Without the inner "u +" a small W_up deletes the sub-layer.

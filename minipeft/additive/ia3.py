@@ -35,6 +35,7 @@ Pitfalls   - A scale before the nonlinearity is another method.
            - Weight decay pulls a factor to 0, not to 1: leave it out.
            - The factors stay float32: next to 1 bfloat16 moves in steps of 1/128.
            - With RoPE, scaled keys are not scaled queries; without, they are.
+           - T5 in float16 keeps `wo` in float32: what that layer reads is widened first.
            - `choose` holds until the next call. A beam is a row: give each its id.
 """
 
@@ -88,7 +89,12 @@ class Scaled(nn.Module):
         return (x * l[self.rows].view(len(x), *[1] * (x.dim() - 2), -1)).to(x.dtype)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, ..., d_in) -> (B, ..., d_out)
-        return self.scale(self.base(x)) if self.side == "out" else self.base(self.scale(x))
+        if self.side == "out":
+            return self.scale(self.base(x))
+        W, auto = self.base.weight, torch.is_autocast_enabled(x.device.type)
+        if W.dtype == torch.float32 and x.element_size() < 4 and not auto:
+            x = x.float()  # T5 in float16 keeps `wo` in float32, and casts if it sees a weight
+        return self.base(self.scale(x))
 
 
 def attach(
