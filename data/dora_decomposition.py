@@ -67,4 +67,5 @@ def run(method, seed, steps=STEPS, at=AT):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     jobs = [{"method": m, "seed": s} for s in range(SEEDS) for m in RATES]
-    print(results.write("dora_decomposition", results.sweep("dora_decomposition", jobs, run)))
+    rows = results.sweep("dora_decomposition", jobs, run)
+    print(results.write("dora_decomposition", rows, seeds=list(range(SEEDS))))
