@@ -1,6 +1,6 @@
 """The table of the data card: does each task show what the book is about? 3 seeds, MiniLM.
 
-Run: python data/tasks_table.py      (about 25 minutes on one core; resumable)
+Run: python data/tasks_table.py      (about 20 minutes on one core; resumable)
 
 Learning rates are the same for every task. LoRA's was chosen among three on the validation rows of
 `sentiment`, with one seed; the others were set in advance. Nothing is chosen on test.
