@@ -1,6 +1,9 @@
 """Adapters of several widths on `sentiment`, LayerNorms alone beside them, 3 seeds, for chapter 10.
 
-Run: python data/adapter_width.py      (about 6 minutes on one core; resumable)
+At width 32 the trained adapters are also switched off: a layer alone, layers 0 to i, and all of
+them with the LayerNorms.
+
+Run: python data/adapter_width.py      (about 8 minutes on one core; resumable)
 """
 
 import torch
@@ -26,9 +29,41 @@ def run(arm, seed):
         adapter.attach(model, bottleneck=arm)
     models.unfreeze_head(model)
     ledger = loop.train(model, tokenizer, task, steps=STEPS, lr=LR, seed=seed)
-    return {"trained": ledger.trained,
-            "test": loop.accuracy(model, tokenizer, task.test),
-            "validation": loop.accuracy(model, tokenizer, task.validation)}
+    out = {"trained": ledger.trained,
+           "test": loop.accuracy(model, tokenizer, task.test),
+           "validation": loop.accuracy(model, tokenizer, task.validation)}
+    return {**out, **removed(model, tokenizer, task)} if arm == 32 else out
+
+
+def without(model, layers):
+    """Switch off the trained adapters of these layers: W_up = 0 and b_up = 0."""
+    off, trained = [f"layer.{i}." for i in layers], adapter.state(model)
+    adapter.load(model, {k: v * 0 if any(o in k for o in off) and k.endswith("_up") else v
+                         for k, v in trained.items()})
+
+
+def removed(model, tokenizer, task):
+    """{what is off: [test accuracy, share of predictions that flip]}; nothing is trained again."""
+    labels = torch.tensor([r["label"] for r in task.test])
+    trained, layers = adapter.state(model), len(model.bert.encoder.layer)
+
+    def now():
+        return loop.predict(model, tokenizer, task.test).argmax(-1)
+
+    def score(chosen):
+        return [round((chosen == other).float().mean().item(), 4) for other in (labels, whole)]
+
+    whole, out = now(), {"alone": [], "upto": []}
+    for kind, spans in (("alone", [[i] for i in range(layers)]),
+                        ("upto", [range(i + 1) for i in range(layers)])):
+        for span in spans:
+            without(model, span)
+            accuracy, same = score(now())
+            out[kind].append([accuracy, round(1 - same, 4)])
+            adapter.load(model, trained)
+    adapter.detach(model)
+    accuracy, same = score(now())
+    return {**out, "bare": [accuracy, round(1 - same, 4)]}
 
 
 if __name__ == "__main__":
