@@ -26,7 +26,6 @@ import torch
 import transformers
 from rouge_score import rouge_scorer
 from sacrebleu import corpus_bleu
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 HERE = Path(__file__).resolve().parent
