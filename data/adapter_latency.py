@@ -20,7 +20,7 @@ WIDTH, RANK = 64, 8
 
 
 def build():
-    """(runners, tokenizer): MiniLM as it is, with merged LoRA, with LoRA attached, with adapters."""
+    """(runners, tokenizer): MiniLM as it is, with LoRA merged and attached, with adapters."""
     torch.manual_seed(0)
     base, tokenizer = models.load("minilm", labels=2, device="cpu")
     adapted, attached = copy.deepcopy(base), copy.deepcopy(base)
@@ -31,7 +31,8 @@ def build():
             site.B.normal_(0, 0.02)
     merged = copy.deepcopy(attached)
     lora.merge(merged)
-    return {"base": base, "LoRA merged": merged, "LoRA attached": attached, "adapters": adapted}, tokenizer
+    runners = {"base": base, "LoRA merged": merged, "LoRA attached": attached, "adapters": adapted}
+    return runners, tokenizer
 
 
 @torch.no_grad()
