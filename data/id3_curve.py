@@ -1,0 +1,44 @@
+"""Along one run of ID3 the mask grows. Is the model better because it has more, or because it is later?
+
+Run: python data/id3_curve.py      (about 10 minutes on one core; resumable)
+
+MiniLM on `sentiment`, the encoder and the pooler, the new head beside them, validation accuracy
+every 16 steps. "increment" is ID3. "static" opens the same number of entries in the first step, by
+the same score. "static, half the steps" makes as many updates of single numbers as ID3. Each arm's
+rate is the better of two on the validation rows with another seed.
+"""
+
+import torch
+
+from minipeft.lab import loop, models, results, tasks
+from minipeft.selective import id3
+
+SEEDS, SEARCH, STEPS, BUDGET, EVERY, RATES = (0, 1, 2), 10, 80, 10_800, 16, (1e-2, 3e-2)
+ARMS = {"increment": ("increment", STEPS), "static": ("static", STEPS),
+        "static, half the steps": ("static", STEPS // 2)}
+
+
+def run(arm, lr, seed):
+    task = tasks.load("sentiment")
+    model, tokenizer = models.load("minilm", 2, seed=seed)
+    schedule, steps = ARMS[arm]
+    torch.manual_seed(seed)
+    id3.attach(model, "encoder", "pooler", budget=BUDGET, steps=steps, schedule=schedule)
+    models.unfreeze_head(model)
+    if seed == SEARCH:
+        loop.train(model, tokenizer, task, steps=steps, lr=lr, method=id3, seed=seed)
+        return {"validation": loop.accuracy(model, tokenizer, task.validation)}
+    ledger = loop.train(model, tokenizer, task, steps=steps, lr=lr, method=id3, seed=seed, every=EVERY)
+    opened = [BUDGET * t // steps if schedule == "increment" else BUDGET for t, _ in ledger.curve]
+    assert sum(m.idx.numel() for m in id3.sites(model).values()) == BUDGET
+    return {"test": loop.accuracy(model, tokenizer, task.test), "curve": ledger.curve, "open": opened}
+
+
+if __name__ == "__main__":
+    search = [dict(arm=a, lr=lr, seed=SEARCH) for a in ARMS for lr in RATES]
+    tried = results.sweep("id3_curve", search, run)
+    best = {a: max((r for r in tried if r["arm"] == a), key=lambda r: r["validation"])["lr"] for a in ARMS}
+    jobs = [dict(arm=a, lr=best[a], seed=s) for s in SEEDS for a in ARMS]
+    rows = results.sweep("id3_curve", jobs, run)
+    results.write("id3_curve", rows, seeds=SEEDS, steps=STEPS, batch=16, budget=BUDGET, rates=best,
+                  search=tried)
