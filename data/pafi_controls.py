@@ -3,8 +3,9 @@
 Run: python data/pafi_controls.py      (about 4 minutes on one core; resumable)
 
 MiniLM on `sentiment`: the same number of entries of the upper three layers and the pooler in every
-arm (the backward pass ends there, which halves its cost), the new head beside them. Each arm's rate is the better of two on the validation rows with another seed;
-"smallest, no zeros" takes the rate of "smallest".
+arm (the backward pass ends there, at half the cost), the new head beside them. Each arm's rate is
+the better of two on the validation rows with another seed; "smallest, no zeros" takes the rate of
+"smallest".
 """
 
 import torch
