@@ -8,6 +8,7 @@ import torch.distributed as dist
 from tiny import batch, build, logits
 from torch import nn
 
+from minipeft.additive import adapter, parallel_adapter
 from minipeft.reparam import lora
 from minipeft.selective import id3
 
@@ -310,6 +311,61 @@ def test_over_fresh_lora_the_first_choice_is_all_in_b():
     assert torch.equal(logits(model, inputs), y)
     lora.merge(model)
     torch.testing.assert_close(logits(model, inputs), y, rtol=1e-9, atol=1e-9)
+
+
+ADAPTERS = (adapter, "bert"), (adapter, "llama"), (adapter, "t5"), (parallel_adapter, "bert"), (parallel_adapter, "gpt2")
+
+
+@pytest.mark.parametrize("method, arch", ADAPTERS, ids=lambda v: getattr(v, "__name__", v).rpartition(".")[2])
+def test_inside_adapters_the_budget_is_exact_and_the_base_stays(method, arch):
+    model, inputs = build(arch), batch(arch)
+    base = copy.deepcopy(model)
+    method.attach(model, bottleneck=4)
+    start, y = method.state(model), logits(model, inputs)
+    names = id3.attach(model, budget=70, steps=4, among="trainable")
+    assert torch.equal(logits(model, inputs), y)
+    assert set(names) == {n for n in start if not n.endswith(".s")}
+    opt = torch.optim.AdamW(trained(model), lr=0.05, weight_decay=0.1)
+    for t in range(4):
+        one_step(model, opt, inputs, t)
+        assert sum(map(len, chosen(model).values())) == 70 * (t + 1) // 4
+    inside, y = chosen(model), logits(model, inputs)
+    id3.merge(model)
+    assert torch.equal(logits(model, inputs), y)
+    end = method.state(model)
+    moved = {n: set((end[n] != v).view(-1).nonzero().view(-1).tolist()) for n, v in start.items()}
+    assert {n: m for n, m in moved.items() if m} == inside
+    other = copy.deepcopy(base)
+    method.attach(other, bottleneck=4)
+    method.load(other, end)
+    assert torch.equal(logits(other, inputs), y)
+    method.detach(model)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), base.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("arch", ("bert", "llama"))
+def test_compile(arch):
+    model, inputs = build(arch), batch(arch)
+    plain = copy.deepcopy(model)
+    for m in (model, plain):
+        id3.attach(m, budget=60, steps=3)
+    fast = torch.compile(model, backend="aot_eager")
+    for run, m in ((fast, model), (plain, plain)):
+        opt = torch.optim.SGD(trained(m), lr=0.1, momentum=0.9)
+        for t in range(4):
+            opt.zero_grad()
+            run(**inputs).loss.backward()
+            opt.step()
+            id3.advance(m, t)
+    assert chosen(model) == chosen(plain) and sum(map(len, chosen(model).values())) == 60
+    torch.testing.assert_close(logits(fast, inputs), logits(plain, inputs), rtol=1e-9, atol=1e-9)
+
+
+def test_compile_into_one_graph_is_refused_in_a_sentence():
+    model = nn.Sequential(nn.Linear(6, 5))
+    id3.attach(model, budget=9, steps=3)
+    with pytest.raises(Exception, match="id3 chooses in a hook of the backward: compile without fullgraph=True"):
+        torch.compile(model, backend="eager", fullgraph=True)(torch.randn(4, 6))
 
 
 def test_settings_outside_the_list_are_refused():

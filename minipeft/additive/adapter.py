@@ -97,7 +97,8 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         u = self.base(x)  # (..., d)
-        cast = {n: p.to(u.dtype) for n, p in self.named_parameters(recurse=False)}  # never u
+        names = ("W_down", "b_down", "W_up", "b_up")  # by name: a selection may stand on them
+        cast = {n: getattr(self, n).to(u.dtype) for n in names}  # never u
         s = F.linear(u, cast["W_down"], cast["b_down"])  # (..., m)
         return u + F.linear(F.gelu(s, approximate="tanh"), cast["W_up"], cast["b_up"])
 

@@ -67,7 +67,8 @@ class ParallelAdapter(nn.Module):
         self.b_up = nn.Parameter(torch.zeros(d, dtype=dtype, device=device))
 
     def branch(self, x: Tensor) -> Tensor:  # (..., d) -> (..., d)
-        cast = {n: p.to(x.dtype) for n, p in self.named_parameters(recurse=False)}  # never x
+        names = ("W_down", "b_down", "W_up", "b_up")  # by name: a selection may stand on them
+        cast = {n: getattr(self, n).to(x.dtype) for n in names}  # never x
         z = F.relu(F.linear(x, cast["W_down"], cast["b_down"]))  # (..., m)
         return F.linear(z, cast["W_up"], cast["b_up"]) * self.s
 

@@ -54,6 +54,7 @@ Pitfalls   - Adam corrects its averages by the optimiser's count: an entry that
              would need every worker's dense gradient. All tensors on one device.
            - Re-entrant checkpointing scores a tied tensor by its first part.
            - Without advance nothing that opened is ever read by a forward.
+           - torch.compile leaves each tensor that entries open in to plain Python.
 """
 
 import torch
@@ -163,6 +164,7 @@ class Growing(nn.Module):
     def before(self) -> Tensor:
         return self.pool.before[self.slots]
 
+    @torch.compiler.disable(reason="id3 chooses in a hook of the backward: compile without fullgraph=True")
     def forward(self, W: Tensor) -> Tensor:
         W.data.view(-1)[self.idx] = self.values.to(W.dtype)
         if not torch.is_grad_enabled():

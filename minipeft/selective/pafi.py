@@ -36,7 +36,8 @@ Differs    The authors' code is not published. Whether they rank globally, and
 Pitfalls   - Exact zeros come first: a fresh zero bias is taken whole, and over
              LoRA all of B (zero at the start) before anything of A.
              zeros=False leaves exact zeros out.
-           - LayerNorm gains are near 1 and are never among the smallest.
+           - LayerNorm gains are near 1 and hardly ever among the smallest.
+           - Key biases are tiny and without effect: a softmax cancels them.
            - The rows of words that a task never uses get no gradient.
            - In bfloat16 many magnitudes are equal: ties go to the earlier place.
            - A new head is small too: name it in exclude= and unfreeze it.
