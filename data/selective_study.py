@@ -10,7 +10,7 @@ lora     the same task; what LoRA of rank 32 trains is cut to what LoRA of rank 
 clock    CPU seconds of one training step on MiniLM, all arms in turn, the median of the rounds.
 
 An arm's rate is the best of three on the validation rows, at the middle budget, with a seed that is not reported.
-Results are written when all four parts are there.
+A part that is done joins the stored results; the others stay as they were.
 """
 
 import statistics
@@ -193,19 +193,25 @@ def clock(part, rounds):
             "step": {arm: round(statistics.median(t[3:]), 4) for arm, t in spent.items()}}
 
 
+def stored():
+    """What earlier calls measured."""
+    try:
+        return results.read("selective_study")
+    except FileNotFoundError:
+        return {"rows": [], "rates": {}, "search": [], "clock": None}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    parts = sys.argv[1:] or ["encoder", "decoder", "lora", "clock"]
-    found = {}
-    for part in parts:
+    for part in sys.argv[1:] or ["encoder", "decoder", "lora", "clock"]:
         if part == "clock":
-            found[part] = results.sweep("selective_study", [dict(part=part, rounds=15)], clock)[0]
+            new = {"clock": results.sweep("selective_study", [dict(part=part, rounds=15)], clock)[0]}
         else:
-            found[part] = study(part)
-    if len(parts) == 4:
-        trained = [p for p in parts if p != "clock"]
+            best, tried, rows = study(part)
+            new = {"rates": {part: best}, "search": tried, "rows": rows}
+        old = stored()
+        rows, search = ([r for r in old[k] if r["part"] != part] + new.get(k, []) for k in ("rows", "search"))
         results.write(
-            "selective_study", [r for p in trained for r in found[p][2]], seeds=list(SEEDS), search_seed=SEARCH,
-            task=TASK, steps=STEPS, batch=16, budgets=BUDGETS, tried=RATES, examples=EXAMPLES,
-            rates={p: found[p][0] for p in trained}, search=[r for p in trained for r in found[p][1]],
-            clock=found["clock"])
+            "selective_study", rows, seeds=list(SEEDS), search_seed=SEARCH, task=TASK, steps=STEPS, batch=16,
+            budgets=BUDGETS, tried=RATES, examples=EXAMPLES, rates={**old["rates"], **new.get("rates", {})},
+            search=search, clock=new.get("clock", old["clock"]))
