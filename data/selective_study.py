@@ -151,14 +151,14 @@ def lora_budget():
 def study(part):
     """(rates, search, rows) of one part."""
     plan = dict(arms(part))
-    search = [dict(part=part, arm=a, budget=b[min(1, len(b) - 1)], lr=lr, seed=SEARCH)
+    search = [{"part": part, "arm": a, "budget": b[min(1, len(b) - 1)], "lr": lr, "seed": SEARCH}
               for a, b in plan.items() for lr in RATES[part][a]]
     tried = results.sweep("selective_study", search, run)
     best = {a: min((t for t in tried if t["arm"] == a), key=lambda t: t["validation"]["loss"])["lr"] for a in plan}
-    jobs = [dict(part=part, arm=a, budget=b, lr=best[a], seed=s) for s in SEEDS for a in plan for b in plan[a]]
+    jobs = [{"part": part, "arm": a, "budget": b, "lr": best[a], "seed": s} for s in SEEDS for a in plan for b in plan[a]]
     rows = results.sweep("selective_study", jobs, run)
     if part == "decoder":  # the base as it stands
-        rows += results.sweep("selective_study", [dict(part=part, arm="frozen")], untrained)
+        rows += results.sweep("selective_study", [{"part": part, "arm": "frozen"}], untrained)
     return best, tried, rows
 
 
@@ -205,7 +205,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for part in sys.argv[1:] or ["encoder", "decoder", "lora", "clock"]:
         if part == "clock":
-            new = {"clock": results.sweep("selective_study", [dict(part=part, rounds=15)], clock)[0]}
+            new = {"clock": results.sweep("selective_study", [{"part": part, "rounds": 15}], clock)[0]}
         else:
             best, tried, rows = study(part)
             new = {"rates": {part: best}, "search": tried, "rows": rows}
