@@ -5,7 +5,7 @@ Run: python data/id3_curve.py      (about 3 minutes on one core; resumable)
 MiniLM on `sentiment`, the upper three layers and the pooler, the new head beside them, validation
 accuracy every 15 steps. "increment" is ID3. "static" opens the same number of entries in the first
 step, by the same score. "static, half the steps" makes as many updates of single numbers as ID3.
-One rate, set in advance, serves all arms. At PaFI's 1e-2 they stay near chance (one seed).
+One rate serves all arms; it was set after one seed at PaFI's 1e-2 had stayed near chance.
 """
 
 import torch
