@@ -1,6 +1,6 @@
 """The selective family compared: budgets, selection inside LoRA, time per step. For chapter 24.
 
-    python data/selective_study.py            all parts, about 23 minutes on one core; goes on where it stopped
+    python data/selective_study.py            all parts, half an hour or so on one core; goes on where it stopped
     python data/selective_study.py encoder    one part only: encoder, decoder, lora or clock
 
 encoder  MiniLM on `acceptability`. Eligible: the encoder and the pooler; the word embeddings are left out for
