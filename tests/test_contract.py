@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from tiny import ARCHS, LINEAR, batch, build, fit, logits, perturb
+from tiny import ARCHS, CLASS, LINEAR, batch, build, fit, logits, perturb
+
+from minipeft.selective import pafi
 
 ROOT = pathlib.Path(__file__).parents[1] / "minipeft"
 VERBS = ("attach", "sites", "state", "load", "merge", "detach", "penalty", "advance", "choose", "resumable")
@@ -44,8 +46,7 @@ METHODS = {
                              merges=False, identity=False),
     "additive.parallel_adapter": Case(dict(bottleneck=5, s=3.0), other=dict(s=1.0), targets={},
                                       merges=False),
-    "additive.ia3": Case(lambda model, _: dict(ffn=SECOND[model.config.model_type]), targets=KV,
-                         lines=256),  # half-precision models with float32 layers
+    "additive.ia3": Case(lambda model, _: dict(ffn=SECOND[model.config.model_type]), targets=KV),
     "additive.prefix_tuning": Case(dict(length=3), other=dict(mlp=4), targets={}, merges=False, identity=False),
     "additive.prompt_tuning": Case(dict(length=3), other=dict(init="random"), targets={}, merges=False, identity=False),
     "reparam.qlora": Case(dict(r=2, alpha=6.0, double=False), other=dict(alpha=1.0), lines=360,
@@ -229,6 +230,50 @@ def test_a_second_method_can_join(bench):
     bench.method.detach(model)
     bench.attach(model)
     assert not kept[0].requires_grad
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if not n.startswith("selective")])
+def test_loading_below_a_selection_is_refused_and_nothing_changes(name):
+    """A copy into what a selection stands on would go to a tensor that is made anew at every read."""
+    bench = Bench(name, "llama")
+    model = bench.attach()
+    saved = {k: v + 1 if v.is_floating_point() else v for k, v in bench.method.state(model).items()}
+    pafi.attach(model, budget=20, among="trainable")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises((KeyError, ValueError), match="selection"):
+        bench.method.load(model, saved)
+    assert same(model.state_dict(), before)
+    pafi.detach(model)
+    bench.method.load(model, saved)
+    assert same(bench.method.state(model), saved)
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if "t5" not in METHODS[n].refuses])
+def test_t5_in_float16_keeps_wo_in_float32(name, tmp_path):
+    """The hub's way to load: from_pretrained leaves `wo` in float32 and T5 casts what it reads."""
+    bench = Bench(name, "t5")
+    bench.base.float().save_pretrained(tmp_path)
+    half = CLASS["t5"].from_pretrained(tmp_path, dtype=torch.float16).eval()
+    kept = {n: p.dtype for n, p in half.named_parameters()}
+    assert {n for n, d in kept.items() if d == torch.float32} == {n for n in kept if n.endswith("wo.weight")}
+    if bench.case.prepare:
+        bench.case.prepare(bench.method, half, bench.targets)
+        bench.base.load_state_dict(half.state_dict())
+    before = logits(half, bench.inputs)
+    bench.attach(half)
+    assert torch.equal(logits(half, bench.inputs), before) == bench.case.identity
+    torch.manual_seed(3)
+    fit(bench.method, half, bench.inputs)
+    assert all(v.isfinite().all() for v in bench.method.state(half).values() if v.is_floating_point())
+    tuned, wide = logits(half, bench.inputs), bench.attach()
+    bench.method.load(wide, bench.method.state(half))
+    want = logits(wide, bench.inputs)
+    assert tuned.dtype == torch.float16 and not torch.equal(tuned, before)
+    assert (tuned - want).norm() / want.norm() < 5e-3 < (before - want).norm() / want.norm()
+    if bench.case.merges:
+        bench.method.merge(half)
+        assert {n: p.dtype for n, p in half.named_parameters()} == kept
+        assert (logits(half, bench.inputs) - want).norm() / want.norm() < 5e-3
 
 
 @functools.cache

@@ -621,3 +621,13 @@ def test_golden_counts_of_real_configurations():
     assert len(lora.attach(seven, *names, r=64)) == 224
     assert trained(seven) == 159_907_840
     assert all(p.is_meta for p in seven.parameters())
+
+
+def test_the_wrapper_tells_a_dtype_and_lends_no_weight_to_compute_with():
+    """A meta tensor would not do: on a CPU, F.linear takes one and returns what stands in memory."""
+    m = lora.LoRALinear(nn.Linear(8, 6).bfloat16(), r=2, alpha=6.0)
+    assert m.weight.dtype == torch.bfloat16 and m.weight.numel() == 0
+    x = torch.randn(2, 8).bfloat16()
+    for product in (lambda: F.linear(x, m.weight), lambda: x @ m.weight, lambda: F.embedding(torch.tensor([1]), m.weight)):
+        with pytest.raises(RuntimeError):
+            product()

@@ -35,7 +35,6 @@ Pitfalls   - A scale before the nonlinearity is another method.
            - Weight decay pulls a factor to 0, not to 1: leave it out.
            - The factors stay float32: next to 1 bfloat16 moves in steps of 1/128.
            - With RoPE, scaled keys are not scaled queries; without, they are.
-           - T5 in float16 keeps `wo` in float32: what that layer reads is widened first.
            - `choose` holds until the next call. A beam is a row: give each its id.
 """
 
@@ -66,7 +65,7 @@ FUSED = ("query_key_value", "qkv_proj", "Wqkv")  # each in an order of its own
 class Scaled(nn.Module):
     """base with its outputs, or its inputs, scaled by l; l has one row per task."""
 
-    weight = None  # T5 asks for it and accepts None; who computes with it fails loudly
+    weight = property(lambda self: self.base.weight.new_empty(0))  # a dtype for T5, no numbers
 
     def __init__(self, base: nn.Module, side: str, tasks: int = 1, skip: int = 0):
         super().__init__()
@@ -89,12 +88,7 @@ class Scaled(nn.Module):
         return (x * l[self.rows].view(len(x), *[1] * (x.dim() - 2), -1)).to(x.dtype)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, ..., d_in) -> (B, ..., d_out)
-        if self.side == "out":
-            return self.scale(self.base(x))
-        W, auto = self.base.weight, torch.is_autocast_enabled(x.device.type)
-        if W.dtype == torch.float32 and x.element_size() < 4 and not auto:
-            x = x.float()  # T5 in float16 keeps `wo` in float32, and casts if it sees a weight
-        return self.base(self.scale(x))
+        return self.scale(self.base(x)) if self.side == "out" else self.base(self.scale(x))
 
 
 def attach(
@@ -146,7 +140,7 @@ def load(model: nn.Module, saved: dict[str, Tensor]) -> None:
 
     KeyError: missing or unexpected names. ValueError: a wrong shape (other tasks).
     """
-    _check(state(model), saved)
+    _check(sites(model), state(model), saved)
     for path, m in sites(model).items():
         m.l.copy_(saved[f"{path}.l"])
 
@@ -224,7 +218,9 @@ def _shape(base: nn.Module) -> tuple[int, int]:
     return tuple(shape) if isinstance(base, nn.Linear) else tuple(shape)[::-1]
 
 
-def _check(mine: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+def _check(places: dict, mine: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+    if held := [p for p, m in places.items() if hasattr(m, "parametrizations")]:
+        raise ValueError(f"{held[0]} holds a selection, expected plain tensors: detach that first")
     if odd := sorted(mine.keys() ^ saved.keys()):
         raise KeyError(f"only in one of model and file: {odd}")
     if bad := [k for k in mine if mine[k].shape != saved[k].shape]:

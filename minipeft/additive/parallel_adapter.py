@@ -117,7 +117,7 @@ def load(model: nn.Module, saved: dict[str, Tensor]) -> None:
 
     KeyError: missing or unexpected names. ValueError: a wrong shape (another bottleneck).
     """
-    _check(state(model), saved)
+    _check(sites(model), state(model), saved)
     for name, p in _own(model).items():
         p.copy_(saved[name])
     for path, m in sites(model).items():
@@ -160,7 +160,9 @@ def _own(model: nn.Module) -> dict[str, nn.Parameter]:
     return {path + n: p for path, own in pairs for n, p in own if not n.startswith("base.")}
 
 
-def _check(mine: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+def _check(places: dict, mine: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+    if held := [p for p, m in places.items() if hasattr(m, "parametrizations")]:
+        raise ValueError(f"{held[0]} holds a selection, expected plain tensors: detach that first")
     if odd := sorted(mine.keys() ^ saved.keys()):
         raise KeyError(f"only in one of model and file: {odd}")
     if bad := [k for k in mine if mine[k].shape != saved[k].shape]:

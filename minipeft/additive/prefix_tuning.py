@@ -175,7 +175,7 @@ def load(model: nn.Module, saved: dict[str, Tensor]) -> None:
     KeyError: other names. ValueError: another shape (length, or width of the MLP).
     """
     whole = saved.keys() == resumable(model).keys()
-    _check(resumable(model) if whole else state(model), saved)
+    _check(sites(model), resumable(model) if whole else state(model), saved)
     for m in sites(model).values():
         if m.trunk is not None and not whole:
             m.start(*(t.clone() for t in m.slots()))
@@ -235,7 +235,9 @@ def _prepare(counts: bool, model: nn.Module, args: tuple, kwargs: dict) -> tuple
     return (), inputs
 
 
-def _check(mine: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+def _check(places: dict, mine: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+    if held := [p for p, m in places.items() if hasattr(m, "parametrizations")]:
+        raise ValueError(f"{held[0]} holds a selection, expected plain tensors: detach that first")
     if odd := sorted(mine.keys() ^ saved.keys()):
         raise KeyError(f"only in one of model and file: {odd}")
     if bad := [k for k in mine if mine[k].shape != saved[k].shape]:

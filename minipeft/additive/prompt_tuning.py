@@ -121,7 +121,7 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 @torch.no_grad()
 def load(model: nn.Module, saved: dict[str, Tensor]) -> None:
     """Inverse of `state`; all or nothing. KeyError: other names. ValueError: another shape."""
-    _check(state(model), saved)
+    _check(sites(model), state(model), saved)
     for path, m in sites(model).items():
         m.prompt.copy_(saved[f"{path}.prompt"])
 
@@ -221,7 +221,9 @@ def _generate(model: nn.Module, inputs: Tensor | None = None, *, task_ids=None, 
     return text if out is ids else type(out)(**{**out, "sequences": text})
 
 
-def _check(mine: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+def _check(places: dict, mine: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+    if held := [p for p, m in places.items() if hasattr(m, "parametrizations")]:
+        raise ValueError(f"{held[0]} holds a selection, expected plain tensors: detach that first")
     if odd := sorted(mine.keys() ^ saved.keys()):
         raise KeyError(f"only in one of model and file: {odd}")
     if bad := [k for k in mine if mine[k].shape != saved[k].shape]:

@@ -66,7 +66,7 @@ BETA = 0.85  # of both averages
 class AdaLoRALinear(nn.Module):
     """y = base(x) + s (x Q') diag(lam) P'; the base's own parameters are not touched."""
 
-    weight = None  # T5 asks for it and accepts None; who computes with it fails loudly
+    weight = property(lambda self: self.base.weight.new_empty(0))  # a dtype for T5, no numbers
 
     def __init__(self, base: nn.Module, r: int, alpha: float, dropout: float, plan: dict):
         super().__init__()
@@ -219,7 +219,7 @@ def load(model: nn.Module, saved: dict[str, Tensor]) -> None:
         shapes = (len(m.P), k), (k,), (k, m.Q.shape[1])
         new |= {f"{path}.{n}": m.P.new_empty(shape) for n, shape in zip(PARTS, shapes)}
         new[f"{path}.s"] = torch.empty(())
-    _check(new, saved)
+    _check(sites(model), new, saved)
     for path, m in sites(model).items():
         m.put(*(new[f"{path}.{n}"].copy_(saved[f"{path}.{n}"]) for n in PARTS))
         m.s, m.advanced = saved[f"{path}.s"].item(), True
@@ -237,7 +237,7 @@ def resumable(model: nn.Module) -> dict[str, Tensor]:
 @torch.no_grad()
 def resume(model: nn.Module, saved: dict[str, Tensor]) -> None:
     """Inverse of `resumable`, on a model attached with the same arguments."""
-    _check(resumable(model), saved)
+    _check(sites(model), resumable(model), saved)
     for key, value in saved.items():
         path, _, name = key.rpartition(".")
         getattr(model.get_submodule(path), name).copy_(value)
@@ -300,7 +300,9 @@ def _shape(base: nn.Module) -> tuple[int, int]:
     return tuple(shape) if isinstance(base, nn.Linear) else tuple(shape)[::-1]
 
 
-def _check(mine: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+def _check(places: dict, mine: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+    if held := [p for p, m in places.items() if hasattr(m, "parametrizations")]:
+        raise ValueError(f"{held[0]} holds a selection, expected plain tensors: detach that first")
     if odd := sorted(mine.keys() ^ saved.keys()):
         raise KeyError(f"only in one of model and file: {odd}")
     if bad := [k for k in mine if mine[k].shape != saved[k].shape]:

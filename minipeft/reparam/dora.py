@@ -61,7 +61,7 @@ KINDS = (nn.Linear, Conv1D)
 class DoRALinear(nn.Module):
     """y = x (diag(m / c) V)' + b; the base's own parameters are not touched."""
 
-    weight = None  # T5 asks for it and accepts None; who computes with it fails loudly
+    weight = property(lambda self: self.base.weight.new_empty(0))  # a dtype for T5, no numbers
 
     def __init__(self, base: nn.Module, r: int, alpha: float, dropout=0.0, detached=True):
         super().__init__()
@@ -150,7 +150,7 @@ def load(model: nn.Module, saved: dict[str, Tensor]) -> None:
 
     KeyError: missing or unexpected names. ValueError: a wrong shape (another r).
     """
-    _check(state(model), saved)
+    _check(sites(model), state(model), saved)
     for path, m in sites(model).items():
         m.A.copy_(saved[f"{path}.A"])
         m.B.copy_(saved[f"{path}.B"])
@@ -214,7 +214,9 @@ def _ratio(m: Tensor, c2: Tensor) -> Tensor:
     return (m / c2.masked_fill(zero, 1).sqrt()).masked_fill(zero, 1)
 
 
-def _check(mine: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+def _check(places: dict, mine: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+    if held := [p for p, m in places.items() if hasattr(m, "parametrizations")]:
+        raise ValueError(f"{held[0]} holds a selection, expected plain tensors: detach that first")
     if odd := sorted(mine.keys() ^ saved.keys()):
         raise KeyError(f"only in one of model and file: {odd}")
     if bad := [k for k in mine if mine[k].shape != saved[k].shape]:

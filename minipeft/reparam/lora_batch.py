@@ -51,7 +51,7 @@ KINDS = (nn.Linear, Conv1D)
 class LoRABatch(nn.Module):
     """y_n = base(x_n) + s[t_n] (x_n A[t_n]') B[t_n]'; the base's own parameters are not touched."""
 
-    weight = None  # T5 asks for it and accepts None; who computes with it fails loudly
+    weight = property(lambda self: self.base.weight.new_empty(0))  # a dtype for T5, no numbers
 
     def __init__(self, base: nn.Module, tasks: int, r: int, alpha: float, dropout=0.0):
         super().__init__()
@@ -134,7 +134,7 @@ def choose(model: nn.Module, task_ids: int | list[int] | Tensor) -> None:
 @torch.no_grad()
 def insert(model: nn.Module, task: int, saved: dict[str, Tensor]) -> None:
     """Put what one LoRA learned, the state of lora.py, into slot `task`; all or nothing."""
-    _check(extract(model, task), saved)
+    _check(sites(model), extract(model, task), saved)
     for path, m in sites(model).items():
         for name in ("A", "B", "s"):
             getattr(m, name)[task] = saved[f"{path}.{name}"].to(m.A.device)
@@ -168,7 +168,7 @@ def load(model: nn.Module, saved: dict[str, Tensor]) -> None:
 
     KeyError: missing or unexpected names. ValueError: a wrong shape (another r or K).
     """
-    _check(state(model), saved)
+    _check(sites(model), state(model), saved)
     for path, m in sites(model).items():
         m.A.copy_(saved[f"{path}.A"])
         m.B.copy_(saved[f"{path}.B"])
@@ -210,7 +210,9 @@ def _tasks(model: nn.Module) -> int:  # K, of the shortest stack if they differ
     return min(len(m.s) for m in found.values())
 
 
-def _check(mine: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+def _check(places: dict, mine: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+    if held := [p for p, m in places.items() if hasattr(m, "parametrizations")]:
+        raise ValueError(f"{held[0]} holds a selection, expected plain tensors: detach that first")
     if odd := sorted(mine.keys() ^ saved.keys()):
         raise KeyError(f"only in one of model and file: {odd}")
     if bad := [k for k in mine if mine[k].shape != saved[k].shape]:

@@ -69,7 +69,7 @@ KINDS = (nn.Linear, Conv1D)
 class MonteCLoRALinear(nn.Module):
     """y = base(x) + s (x A~') B'; A~ is a draw around A in train mode, A itself in eval mode."""
 
-    weight = None  # T5 asks for it and accepts None; who computes with it fails loudly
+    weight = property(lambda self: self.base.weight.new_empty(0))  # a dtype for T5, no numbers
 
     def __init__(self, base, r, alpha, samples=4, eps=1e-4, logistic=False, full=False):
         super().__init__()
@@ -183,7 +183,7 @@ def load(model: nn.Module, saved: dict[str, Tensor]) -> None:
 
     KeyError: missing or unexpected names. ValueError: a wrong shape (another r or samples).
     """
-    _check(state(model), saved)
+    _check(sites(model), state(model), saved)
     for path, m in sites(model).items():
         for name, p in m.named_parameters(recurse=False):
             p.copy_(saved[f"{path}.{name}"])
@@ -253,7 +253,9 @@ def _bartlett(like: Tensor) -> Tensor:
     return torch.randn(r, r, dtype=like.dtype, device=like.device).tril(-1) + chi2.sqrt().diag()
 
 
-def _check(mine: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+def _check(places: dict, mine: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+    if held := [p for p, m in places.items() if hasattr(m, "parametrizations")]:
+        raise ValueError(f"{held[0]} holds a selection, expected plain tensors: detach that first")
     if odd := sorted(mine.keys() ^ saved.keys()):
         raise KeyError(f"only in one of model and file: {odd}")
     if bad := [k for k in mine if mine[k].shape != saved[k].shape]:

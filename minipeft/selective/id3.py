@@ -248,7 +248,7 @@ def load(model: nn.Module, saved: dict[str, Tensor]) -> None:
 
     KeyError: missing or unexpected names. ValueError: a wrong shape, or positions that do not fit.
     """
-    _check(state(model), saved)
+    _check(sites(model), state(model), saved)
     (path, pool), tensors = _pool(model), dict(model.named_parameters(remove_duplicate=False))
     W = [tensors[f"{p.rpartition('.')[0]}.original"].view(-1)
          for p, m in model.named_modules() if isinstance(m, Growing)]
@@ -356,7 +356,9 @@ def _fits(name: str, idx: Tensor, W: Tensor) -> None:
         raise ValueError(f"{name}: expected positions in 0..{W.numel() - 1}, none twice")
 
 
-def _check(mine: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+def _check(places: dict, mine: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+    if held := [p for p, m in places.items() if hasattr(m, "parametrizations")]:
+        raise ValueError(f"{held[0]} holds a selection, expected plain tensors: detach that first")
     if odd := sorted(mine.keys() ^ saved.keys()):
         raise KeyError(f"only in one of model and file: {odd}")
     if bad := [k for k in mine if mine[k].shape != saved[k].shape]:

@@ -147,7 +147,7 @@ def load(model: nn.Module, saved: dict[str, Tensor]) -> None:
     if fresh := not sites(model):
         _open(model, _sites(model, {_name(k): v for k, v in idx.items()}), freeze=True)
     try:
-        _check(state(model), saved)
+        _check(sites(model), state(model), saved)
         for k, v in idx.items():
             _fits(_name(k), v, model.get_submodule(k.rpartition(".")[0]).original)
     except (KeyError, ValueError):
@@ -248,7 +248,9 @@ def _fits(name: str, idx: Tensor, W: Tensor) -> None:
         raise ValueError(f"{name}: expected positions in 0..{W.numel() - 1}, none twice")
 
 
-def _check(mine: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+def _check(places: dict, mine: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+    if held := [p for p, m in places.items() if hasattr(m, "parametrizations")]:
+        raise ValueError(f"{held[0]} holds a selection, expected plain tensors: detach that first")
     if odd := sorted(mine.keys() ^ saved.keys()):
         raise KeyError(f"only in one of model and file: {odd}")
     if bad := [k for k in mine if mine[k].shape != saved[k].shape]:
