@@ -2,6 +2,7 @@
 
 import collections
 import json
+import math
 import random
 import re
 import shutil
@@ -636,6 +637,19 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch):
     out = results.sweep("ranks", jobs, run)
     assert ran == [(1, 0), (1, 1), None, (2, 0), (2, 1)], "no finished job runs twice"
     assert out == [dict(r=r, seed=s, accuracy=r / 10 + s) for r in (1, 2) for s in (0, 1)]
+
+
+@pytest.mark.parametrize("best", results.LADDER)
+def test_a_walk_ends_with_the_best_rate_between_two_that_were_tried(best, tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    tried = results.walk("rates", dict(seed=7), lambda lr, seed: dict(loss=abs(math.log(lr / best))), 3e-3,
+                         lambda row: row["loss"])
+    found, places = tried[0], [results.LADDER.index(row["lr"]) for row in tried]
+    assert found["lr"] == best and found["seed"] == 7 and found["loss"] == 0
+    assert sorted(places) == list(range(min(places), max(places) + 1)), "no rung is left out"
+    at_the_end = best in (results.LADDER[0], results.LADDER[-1])
+    assert at_the_end or min(places) < results.LADDER.index(best) < max(places)
+    assert len(tried) <= 2 + abs(places[0] - 5) + 1, "and no further than needed"
 
 
 def test_what_is_stored_says_what_made_it(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = ROOT / "data" / "results"
+LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)  # of learning rates
 
 
 def sweep(name: str, jobs: list[dict], run) -> list[dict]:
@@ -31,6 +32,23 @@ def sweep(name: str, jobs: list[dict], run) -> list[dict]:
             file.write(json.dumps({"job": job, "out": result}) + "\n")
         out.append({**job, **result})
     return out
+
+
+def walk(name: str, job: dict, run, middle: float, badness) -> list[dict]:
+    """`job` at every learning rate that was tried, as rows of `sweep`, the best one first.
+
+    `middle` and its neighbours on LADDER, and on while the best stands at an end of those tried:
+    a rate is never the edge of its grid unless it is the ladder's own. `badness` of a row is a number.
+    """
+    i = LADDER.index(middle)
+    low, high = i - 1, i + 1
+    while True:
+        jobs = [{**job, "lr": lr} for lr in LADDER[low : high + 1]]
+        tried = sorted(sweep(name, jobs, run), key=badness)
+        best = LADDER.index(tried[0]["lr"])
+        if low < best < high or best in (0, len(LADDER) - 1):
+            return tried
+        low, high = min(low, best - 1), max(high, best + 1)
 
 
 def write(name: str, rows, **more) -> pathlib.Path:
