@@ -540,6 +540,8 @@ def test_predictions_come_in_the_order_of_the_rows(bert):
     torch.testing.assert_close(logits, alone, rtol=1e-4, atol=1e-5)
     right = [int(v.argmax()) == r["label"] for v, r in zip(logits, rows)]
     assert loop.accuracy(model, tokenizer, rows) == pytest.approx(sum(right) / 20)
+    one_by_one = [model(**loop.collate([loop.encode(r, tokenizer)], tokenizer)).loss.item() for r in rows]
+    assert loop.evaluate(model, tokenizer, rows)["loss"] == pytest.approx(sum(one_by_one) / 20, rel=1e-5)
 
 
 def test_generation_gives_the_continuation_alone(folders):

@@ -193,8 +193,14 @@ def predict(model, tokenizer, rows, batch_size=64) -> torch.Tensor:
 
 
 def accuracy(model, tokenizer, rows) -> float:
-    labels = torch.tensor([r["label"] for r in rows])
-    return (predict(model, tokenizer, rows).argmax(-1) == labels).float().mean().item()
+    return evaluate(model, tokenizer, rows)["accuracy"]
+
+
+def evaluate(model, tokenizer, rows) -> dict[str, float]:
+    """{"loss": nats per row, "accuracy"}. A loss tells two rates apart where an accuracy ties."""
+    labels, logits = torch.tensor([r["label"] for r in rows]), predict(model, tokenizer, rows)
+    right = (logits.argmax(-1) == labels).float().mean().item()
+    return {"loss": torch.nn.functional.cross_entropy(logits, labels).item(), "accuracy": right}
 
 
 @torch.no_grad()
