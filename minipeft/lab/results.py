@@ -37,11 +37,13 @@ def sweep(name: str, jobs: list[dict], run) -> list[dict]:
 def walk(name: str, job: dict, run, middle: float, badness) -> list[dict]:
     """`job` at every learning rate that was tried, as rows of `sweep`, the best one first.
 
-    `middle` and its neighbours on LADDER, and on while the best stands at an end of those tried:
-    a rate is never the edge of its grid unless it is the ladder's own. `badness` of a row is a number.
+    `middle` and two rungs of LADDER on each side, and on while the best stands at an end of those
+    tried: a rate is never the edge of its grid unless it is the ladder's own. Five to begin with,
+    because a run that learns nothing looks no worse than one that learns too little.
+    `badness` of a row is a number.
     """
     i = LADDER.index(middle)
-    low, high = i - 1, i + 1
+    low, high = max(0, i - 2), min(len(LADDER) - 1, i + 2)
     while True:
         jobs = [{**job, "lr": lr} for lr in LADDER[low : high + 1]]
         tried = sorted(sweep(name, jobs, run), key=badness)
