@@ -1,6 +1,6 @@
 """The selective family compared: budgets, selection inside LoRA, time per step. For chapter 24.
 
-    python data/selective_study.py            all parts, half an hour or so on one core; goes on where it stopped
+    python data/selective_study.py            all parts, two hours on one core; goes on where it stopped
     python data/selective_study.py encoder    one part only: encoder, decoder, lora or clock
 
 encoder  MiniLM on `acceptability`. Eligible: the encoder and the pooler; the word embeddings are left out for
@@ -9,8 +9,8 @@ decoder  scribe on `TASK`. Eligible: everything. Llama has no biases, so no BitF
 lora     the same task; what LoRA of rank 32 trains is cut to what LoRA of rank 2 trains.
 clock    CPU seconds of one training step on MiniLM, all arms in turn, the median of the rounds.
 
-An arm's rate is the best of three on the validation rows, at the middle budget, with a seed that is not reported.
-A part that is done joins the stored results; the others stay as they were.
+Every arm has a rate of its own at every budget: the best validation loss of `results.walk`, which has a seed
+that is not reported. A part that is done joins the stored results; the others stay as they were.
 """
 
 import statistics
@@ -23,17 +23,16 @@ from minipeft.lab import loop, models, results, tasks
 from minipeft.reparam import lora
 from minipeft.selective import bitfit, fish_mask, id3, pafi
 
-SEEDS, SEARCH = (0, 1, 2), 10
+SEEDS, SEARCH = (0, 1, 2, 3, 4), 10
 TASK = "letters"
 SELECT = ("random", "pafi", "fish", "id3")
-STEPS = {"encoder": 50, "decoder": 50, "lora": 50}
+STEPS = {"encoder": 120, "decoder": 80, "lora": 80}
 BIASES = 25_728  # of MiniLM's encoder and pooler
-BUDGETS = {"encoder": (2_000, BIASES), "decoder": (2_000, 20_000, 200_000)}
-SPARSE = (3e-3, 1e-2, 3e-2)
-RATES = {
-    "encoder": {**dict.fromkeys((*SELECT, "bitfit"), SPARSE), "full": (5e-5, 2e-4, 5e-4), "frozen": (1e-2,)},
-    "decoder": {**dict.fromkeys(SELECT, SPARSE), "full": (5e-4, 1e-3, 2e-3)},
-    "lora": dict.fromkeys(("lora r=32", "lora r=2", "random", "pafi", "id3"), (5e-3, 1e-2, 2e-2)),
+BUDGETS = {"encoder": (2_000, BIASES, 300_000), "decoder": (2_000, 20_000, 200_000)}
+ARMS = {  # and the rate in the middle of the first five
+    "encoder": {**dict.fromkeys((*SELECT, "bitfit", "frozen"), 1e-2), "full": 3e-4},
+    "decoder": {**dict.fromkeys(SELECT, 1e-2), "full": 1e-3},
+    "lora": dict.fromkeys(("lora r=32", "lora r=2", "random", "pafi", "id3"), 1e-2),
 }
 LINEAR = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")  # the lecture's budgets come from these five
 EXAMPLES = 32  # for the Fisher information, one at a time
@@ -103,10 +102,8 @@ BUILD = {"encoder": encoder, "decoder": decoder, "lora": inside_lora}
 def score(model, tokenizer, task, rows):
     """{"loss", "right"}: nats per label or target token, and the share of rows that are right."""
     if task.labels:
-        logits = loop.predict(model, tokenizer, rows)
-        y = torch.tensor([r["label"] for r in rows])
-        loss = torch.nn.functional.cross_entropy(logits, y).item()
-        return {"loss": loss, "right": (logits.argmax(-1) == y).float().mean().item()}
+        found = loop.evaluate(model, tokenizer, rows)
+        return {"loss": found["loss"], "right": found["accuracy"]}
     total = tokens = 0
     for i in range(0, len(rows), 50):
         inputs = loop.collate([loop.encode(r, tokenizer) for r in rows[i : i + 50]], tokenizer)
@@ -130,15 +127,10 @@ def run(part, arm, budget, lr, seed):
     return {**out, "cpu_seconds": round(time.process_time() - start, 1)}
 
 
-def arms(part):
-    """(arm, its budgets, the budget at which its rate is chosen)."""
-    for arm in RATES[part]:
-        if part == "lora":
-            yield arm, (0,) if arm.startswith("lora") else (lora_budget(),)
-        elif arm in SELECT:
-            yield arm, BUDGETS[part]
-        else:
-            yield arm, (0,)
+def budgets(part, arm):
+    if part == "lora":
+        return (0,) if arm.startswith("lora") else (lora_budget(),)
+    return BUDGETS[part] if arm in SELECT else (0,)
 
 
 def lora_budget():
@@ -149,17 +141,18 @@ def lora_budget():
 
 
 def study(part):
-    """(rates, search, rows) of one part."""
-    plan = dict(arms(part))
-    search = [{"part": part, "arm": a, "budget": b[min(1, len(b) - 1)], "lr": lr, "seed": SEARCH}
-              for a, b in plan.items() for lr in RATES[part][a]]
-    tried = results.sweep("selective_study", search, run)
-    best = {a: min((t for t in tried if t["arm"] == a), key=lambda t: t["validation"]["loss"])["lr"] for a in plan}
-    jobs = [{"part": part, "arm": a, "budget": b, "lr": best[a], "seed": s} for s in SEEDS for a in plan for b in plan[a]]
-    rows = results.sweep("selective_study", jobs, run)
+    """(search, rows) of one part."""
+    search, rows = [], []
+    for arm, middle in ARMS[part].items():
+        for budget in budgets(part, arm):
+            place = {"part": part, "arm": arm, "budget": budget, "seed": SEARCH}
+            tried = results.walk("selective_study", place, run, middle, lambda row: row["validation"]["loss"])
+            search += tried
+            jobs = [{**place, "lr": tried[0]["lr"], "seed": s} for s in SEEDS]
+            rows += results.sweep("selective_study", jobs, run)
     if part == "decoder":  # the base as it stands
         rows += results.sweep("selective_study", [{"part": part, "arm": "frozen"}], untrained)
-    return best, tried, rows
+    return search, rows
 
 
 def untrained(part, arm):
@@ -198,7 +191,7 @@ def stored():
     try:
         return results.read("selective_study")
     except FileNotFoundError:
-        return {"rows": [], "rates": {}, "search": [], "clock": None}
+        return {"rows": [], "search": [], "clock": None}
 
 
 if __name__ == "__main__":
@@ -207,11 +200,10 @@ if __name__ == "__main__":
         if part == "clock":
             new = {"clock": results.sweep("selective_study", [{"part": part, "rounds": 15}], clock)[0]}
         else:
-            best, tried, rows = study(part)
-            new = {"rates": {part: best}, "search": tried, "rows": rows}
+            search, rows = study(part)
+            new = {"search": search, "rows": rows}
         old = stored()
         rows, search = ([r for r in old[k] if r["part"] != part] + new.get(k, []) for k in ("rows", "search"))
         results.write(
             "selective_study", rows, seeds=list(SEEDS), search_seed=SEARCH, task=TASK, steps=STEPS, batch=16,
-            budgets=BUDGETS, tried=RATES, examples=EXAMPLES, rates={**old["rates"], **new.get("rates", {})},
-            search=search, clock=new.get("clock", old["clock"]))
+            budgets=BUDGETS, examples=EXAMPLES, search=search, clock=new.get("clock", old["clock"]))
