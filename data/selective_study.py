@@ -1,6 +1,6 @@
 """The selective family compared: budgets, selection inside LoRA, time per step. For chapter 24.
 
-    python data/selective_study.py            all parts, two hours on one core; goes on where it stopped
+    python data/selective_study.py            all parts, three hours on one core; goes on where it stopped
     python data/selective_study.py encoder    one part only: encoder, decoder, lora or clock
 
 encoder  MiniLM on `acceptability`. Eligible: the encoder and the pooler; the word embeddings are left out for
@@ -25,14 +25,14 @@ from minipeft.selective import bitfit, fish_mask, id3, pafi
 
 SEEDS, SEARCH = (0, 1, 2, 3, 4), 10
 TASK = "letters"
-SELECT = ("random", "pafi", "fish", "id3")
+SELECT = ("random", "pafi", "fish", "id3", "id3 own")  # own: with a clock for each entry
 STEPS = {"encoder": 120, "decoder": 80, "lora": 80}
 BIASES = 25_728  # of MiniLM's encoder and pooler
 BUDGETS = {"encoder": (2_000, BIASES, 300_000), "decoder": (2_000, 20_000, 200_000)}
 ARMS = {  # and the rate in the middle of the first five
     "encoder": {**dict.fromkeys((*SELECT, "bitfit", "frozen"), 1e-2), "full": 3e-4},
     "decoder": {**dict.fromkeys(SELECT, 1e-2), "full": 1e-3},
-    "lora": dict.fromkeys(("lora r=32", "lora r=2", "random", "pafi", "id3"), 1e-2),
+    "lora": dict.fromkeys(("lora r=32", "lora r=2", "random", "pafi", "id3", "id3 own"), 1e-2),
 }
 LINEAR = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")  # the lecture's budgets come from these five
 EXAMPLES = 32  # for the Fisher information, one at a time
@@ -42,12 +42,13 @@ def choose(model, arm, budget, seed, *targets, batches=None, steps=None, **how):
     """Let `budget` numbers train, chosen as `arm` chooses; the module to hand to loop.train."""
     if arm == "fish":
         fish_mask.attach(model, *targets, budget=budget, batches=batches, seed=seed, **how)
-    elif arm == "id3":
-        id3.attach(model, *targets, budget=budget, steps=steps, **how)
+    elif arm.startswith("id3"):
+        clock = "per_entry" if arm == "id3 own" else "global"
+        id3.attach(model, *targets, budget=budget, steps=steps, clock=clock, **how)
     else:
         keep = "random" if arm == "random" else "smallest"
         pafi.attach(model, *targets, budget=budget, keep=keep, seed=seed, **how)
-    return id3 if arm == "id3" else None
+    return id3 if arm.startswith("id3") else None
 
 
 def examples(task, tokenizer, seed):
