@@ -165,7 +165,7 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 def load(model: nn.Module, saved: dict[str, Tensor]) -> None:
     """Inverse of `state`, on a model with the same sites attached; all or nothing.
 
-    KeyError: missing or unexpected names. ValueError: a wrong shape (another bottleneck).
+    KeyError: other names. ValueError: a wrong shape (another bottleneck), a selection on it.
     """
     _check(sites(model), state(model), saved)
     for name, p in _own(model).items():

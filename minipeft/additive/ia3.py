@@ -138,7 +138,7 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 def load(model: nn.Module, saved: dict[str, Tensor]) -> None:
     """Inverse of `state`, on a model with the same sites attached; all or nothing.
 
-    KeyError: missing or unexpected names. ValueError: a wrong shape (other tasks).
+    KeyError: missing or other names. ValueError: a wrong shape (other tasks), a selection on it.
     """
     _check(sites(model), state(model), saved)
     for path, m in sites(model).items():

@@ -172,7 +172,7 @@ def resumable(model: nn.Module) -> dict[str, Tensor]:
 @torch.no_grad()
 def load(model: nn.Module, saved: dict[str, Tensor]) -> None:
     """Inverse of `state`, which drops an MLP, and of `resumable`; all or nothing.
-    KeyError: other names. ValueError: another shape (length, or width of the MLP).
+    KeyError: other names. ValueError: another shape (length, MLP), a selection on it.
     """
     whole = saved.keys() == resumable(model).keys()
     _check(sites(model), resumable(model) if whole else state(model), saved)

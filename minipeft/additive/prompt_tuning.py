@@ -120,7 +120,7 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load(model: nn.Module, saved: dict[str, Tensor]) -> None:
-    """Inverse of `state`; all or nothing. KeyError: other names. ValueError: another shape."""
+    """Inverse of `state`; all or nothing. KeyError: names. ValueError: shapes, a selection on it."""
     _check(sites(model), state(model), saved)
     for path, m in sites(model).items():
         m.prompt.copy_(saved[f"{path}.prompt"])

@@ -211,7 +211,7 @@ def load(model: nn.Module, saved: dict[str, Tensor]) -> None:
     """Inverse of `state`, on a model with the same sites; all or nothing. The ranks are the file's.
 
     Makes new parameters: build the optimiser afterwards. KeyError: missing or
-    unexpected names. ValueError: shapes that do not fit together.
+    unexpected names. ValueError: shapes that do not fit together, a selection on it.
     """
     new = {}
     for path, m in sites(model).items():
